@@ -1,0 +1,61 @@
+# make help names the targets. Works with GNU make 3.81 (macOS) and later.
+PYTHON  ?= python3
+PROFILE ?= scenes
+JOBS    ?= 2
+SEED    ?= 0
+VENV    := .venv
+PY      := $(VENV)/bin/python
+STAMP   := $(VENV)/.installed
+
+# The same answer everywhere: one thread a job, no hash order, no hub.
+export PYTHONHASHSEED = 0
+export PYTHONUTF8 = 1
+export OMP_NUM_THREADS = 1
+export MKL_NUM_THREADS = 1
+HF_HUB_OFFLINE ?= 1
+export HF_HUB_OFFLINE
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: help install study test model book run clean
+
+help:
+	@echo "make study               the whole study, then the book: _build/html/index.html"
+	@echo "make test                the tests"
+	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
+	@echo "make book                the book again, from finished runs"
+	@echo "make model SEED=0        train the small models (long)"
+	@echo "make clean               remove runs and the built book; models and .venv stay"
+	@echo "Everywhere: PROFILE=scenes|smoke|...  JOBS=2  PYTHON=python3.12"
+	@echo "Linux without a GPU: TORCH_INDEX=URL of a wheel index with CPU builds of torch (at the first install only)"
+
+$(STAMP): pyproject.toml requirements.txt constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" || \
+	  { echo "$(PYTHON) is not Python 3.11, 3.12 or 3.13: name one that is, e.g. make study PYTHON=python3.12" >&2; exit 1; }
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(PY) -m pip install -q --no-deps torch -c constraints.txt --index-url $(TORCH_INDEX))
+	$(PY) -m pip install -q -e ".[book,fourbit,dev]" -c constraints.txt
+	touch $@
+
+install: $(STAMP)
+
+# ALEA_WATCH: if this make is killed, what it started ends too, so that the next make finds no one else at work.
+study: $(STAMP)
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs study --profile $(PROFILE) --jobs $(JOBS)
+
+book: $(STAMP)
+	@$(PY) -m alea_lib.runs book --profile $(PROFILE)
+
+run: $(STAMP)
+	@test -n "$(NB)" || { echo "say which notebook: make run NB=05_edit" >&2; exit 2; }
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs execute $(NB) --profile $(PROFILE) $(if $(VARIANT),--variant $(VARIANT)) \
+	  $(if $(PARAMS),--set $(PARAMS))
+
+test: $(STAMP)
+	@$(PY) -m pytest tests
+
+model: $(STAMP)
+	$(PY) -m alea_lib.zoo --seed $(SEED)
+
+clean:
+	rm -rf _build .snakemake data/runs .pytest_cache .hypothesis .ruff_cache
+	find book/notebooks book/generated -type f ! -name .gitignore -delete
