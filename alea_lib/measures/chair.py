@@ -1,0 +1,186 @@
+"""CHAIR (Rohrbach et al. 2018): which of the objects that a caption names are not in the image.
+
+Metrics, each a ratio of per-image sums: ``chair_s`` captions with a hallucinated object / captions,
+``chair_i`` hallucinated mentions / mentions, ``recall`` unique correct objects / objects in the image,
+``f1_objects`` 2 TP / (2 TP + FP + FN) over unique objects, ``words`` and ``objects_per_caption`` (unique
+objects) a caption. CHAIR falls when a model merely says less: never read it without recall and words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from alea_lib.tables import DataError
+from alea_lib.worlds.lexicon import load_lexicon
+
+from .parse import FAMILIES, Mention, count_words, mentions
+from .truth import Truth, read_truth
+
+__all__ = [
+    "CHAIR_METRICS", "ChairResult", "FAMILIES", "Mention", "Truth", "chair", "check_captions",
+    "companion_share", "distinct", "frequent_companions", "mentions", "read_truth",
+]  # fmt: skip
+CHAIR_METRICS = ("chair_s", "chair_i", "recall", "f1_objects", "words", "objects_per_caption")
+
+
+@dataclass(frozen=True)
+class ChairResult:
+    """Scores of one table of captions; every table has the column ``scorer`` = the parser's family.
+
+    ``items``: image_id, metric, num, den (for ``alea_lib.stats``). ``per_caption``: image_id, caption,
+    mentioned, hallucinated, missed (tuples of category names, in order of first mention or alphabetical for
+    missed), n_words. ``per_object``: category, mentioned, hallucinated (captions that name it), present
+    (images that hold it).
+    """
+
+    items: pd.DataFrame
+    per_caption: pd.DataFrame
+    per_object: pd.DataFrame
+    family: str
+
+
+def check_captions(captions: pd.DataFrame, truth: Truth | None = None) -> pd.DataFrame:
+    """Columns image_id and caption of a usable table; DataError saying what is wrong and how to mend it."""
+    missing = [c for c in ("image_id", "caption") if c not in captions.columns]
+    if missing:
+        raise DataError(f"the table of captions lacks {missing}; needed are the columns image_id and caption")
+    if captions.empty:
+        raise DataError("the table of captions is empty; did the generation stage run?")
+    twice = captions.loc[captions["image_id"].duplicated(), "image_id"].unique()
+    if len(twice):
+        raise DataError(
+            f"{len(twice)} images have two captions, e.g. {twice[:3].tolist()}; keep one caption an image"
+        )
+    unknown = [] if truth is None else [i for i in captions["image_id"] if i not in truth]
+    if unknown:
+        raise DataError(
+            f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}; read the annotations of the"
+            " split that was captioned (ids are integers)"
+        )
+    bad = [
+        i
+        for i, text in zip(captions["image_id"], captions["caption"], strict=True)
+        if not isinstance(text, str)
+    ]
+    if bad:
+        raise DataError(
+            f"the captions of {len(bad)} images are not text, e.g. {bad[:3]}; write '' for an empty one"
+        )
+    return captions[["image_id", "caption"]].reset_index(drop=True)
+
+
+def chair(captions: pd.DataFrame, truth: Truth, family: str = "singularise") -> ChairResult:
+    """Score one caption an image. ``captions``: columns image_id, caption; order does not matter.
+
+    The truth must have been read by the same family. DataError (a ValueError) for unknown or doubled image
+    ids, an empty table, or a caption that is not text.
+    """
+    captions = check_captions(captions, truth)
+    if truth.captions and truth.family != family:
+        raise DataError(
+            f"the references were parsed by {truth.family!r}, the captions would be by {family!r};"
+            " read the truth again with the same family"
+        )
+    rows = [_score(i, text, truth[i], family) for i, text in captions.itertuples(index=False)]
+    per_caption = pd.DataFrame([row[:6] for row in rows], columns=_PER_CAPTION)
+    items = _items(per_caption["image_id"].to_numpy(), np.array([row[6] for row in rows], dtype=float))
+    per_object = _per_object(per_caption, truth)
+    for table in (items, per_caption, per_object):
+        table["scorer"] = family
+    return ChairResult(items, per_caption, per_object, family)
+
+
+_PER_CAPTION = ["image_id", "caption", "mentioned", "hallucinated", "missed", "n_words"]
+
+
+def _score(image_id: int, caption: str, there: frozenset[str], family: str) -> tuple:
+    """Fields of ``per_caption``, then the counts that ``_items`` needs."""
+    named = [m.category for m in mentions(caption, family)]
+    unique = tuple(dict.fromkeys(named))
+    wrong = tuple(c for c in unique if c not in there)
+    missed = tuple(sorted(there.difference(unique)))
+    words = count_words(caption)
+    counts = (sum(c not in there for c in named), len(named), len(wrong), len(unique), len(there), words)
+    return image_id, caption, unique, wrong, missed, words, counts
+
+
+def _items(image_ids: np.ndarray, counts: np.ndarray) -> pd.DataFrame:
+    wrong_mentions, named, wrong, unique, there, words = counts.T
+    one, right = np.ones(len(image_ids)), unique - wrong
+    ratios = {
+        "chair_s": (wrong > 0, one),
+        "chair_i": (wrong_mentions, named),
+        "recall": (right, there),
+        "f1_objects": (2 * right, unique + there),
+        "words": (words, one),
+        "objects_per_caption": (unique, one),
+    }
+    parts = [
+        pd.DataFrame({"image_id": image_ids, "metric": m, "num": num.astype(float), "den": den})
+        for m, (num, den) in ratios.items()
+    ]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _per_object(per_caption: pd.DataFrame, truth: Truth) -> pd.DataFrame:
+    mentioned, wrong, there = Counter(), Counter(), Counter()
+    for row in per_caption.itertuples(index=False):
+        mentioned.update(row.mentioned)
+        wrong.update(row.hallucinated)
+        there.update(truth[row.image_id])
+    names = sorted(set(mentioned) | set(there))
+    table = {"category": names} | {
+        key: [counter[name] for name in names]
+        for key, counter in (("mentioned", mentioned), ("hallucinated", wrong), ("present", there))
+    }
+    return pd.DataFrame(table)
+
+
+def distinct(captions: pd.DataFrame) -> float:
+    """Share of different captions: 1 when no two are the same. No ratio of sums, so no interval."""
+    return captions["caption"].nunique() / len(captions)
+
+
+def companion_share(
+    per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, list[str]]
+) -> pd.DataFrame:
+    """Items of ``companion_share``: hallucinated objects that a present object calls for / all of them.
+
+    ``companions``: category to the categories it calls for (a spoon for a bowl). Objects count once a
+    caption.
+    """
+    rows = []
+    for row in per_caption.itertuples(index=False):
+        called = {c for there in truth[row.image_id] for c in companions.get(there, ())}
+        hits = sum(c in called for c in row.hallucinated)
+        rows.append((row.image_id, "companion_share", float(hits), float(len(row.hallucinated))))
+    items = pd.DataFrame(rows, columns=["image_id", "metric", "num", "den"])
+    return items.assign(scorer=per_caption["scorer"].iloc[0]) if "scorer" in per_caption else items
+
+
+def frequent_companions(truth: Truth, top: int = 3) -> dict[str, list[str]]:
+    """Companions learnt from the world itself: for each category the ``top`` most often in its images.
+
+    Use the truth of training images, so that the test images do not define their own companions. Ties go by
+    COCO's order.
+    """
+    names, together = cooccurrence(truth.objects)
+    np.fill_diagonal(together, 0)
+    order = np.argsort(-together, axis=1, kind="stable")[:, :top]
+    return {name: [names[j] for j in order[i] if together[i, j]] for i, name in enumerate(names)}
+
+
+def cooccurrence(objects: Mapping[int, frozenset[str]]) -> tuple[list[str], np.ndarray]:
+    """(names, counts [names, names]): images that hold both; on the diagonal, images of each category."""
+    everything = frozenset().union(*objects.values())
+    names = [n for n in load_lexicon().names if n in everything]
+    index = {name: i for i, name in enumerate(names)}
+    present = np.zeros((len(objects), len(names)))
+    for row, there in enumerate(objects.values()):
+        present[row, [index[c] for c in there]] = 1
+    return names, (present.T @ present).astype(int)
