@@ -1,0 +1,280 @@
+"""One run of one stage: its parameters, what it read, what it wrote, and the record that says it finished."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+
+from alea_lib.runs import places
+from alea_lib.runs.places import MissingStage, RunError
+
+# Files that hold times or names of runs may differ between equal runs: recorded, but no part of a run's id.
+UNSTABLE = ("run.json", "*.ipynb", "scores.csv", "notes.csv", "timing*", "*.log", "checkpoint*")
+
+
+def sha256(path: Path) -> str:
+    """Content hash of a file, or of a folder's files with their names."""
+    digest = hashlib.sha256()
+    path = Path(path)
+    if path.is_dir():
+        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_of(value) -> str:
+    """Hash of plain data, the same whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+def read_record(folder: Path) -> dict:
+    """The run.json of a finished run."""
+    return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, value) -> None:
+    """Write JSON so that the file is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def begin(stage: str, profile: str, variant: str = "", **params) -> "Run":
+    """Start a stage: parameters that are None take the profile's value, the folder is made ready."""
+    variant = variant or ""
+    asked = places.load_profile(profile)
+    where = f"data/profiles/{profile}.yaml"
+    section = places.settings(asked, stage, variant)
+    unknown = sorted(set(section) - set(params))
+    if unknown:
+        raise RunError(
+            f"{where} sets {', '.join(unknown)} for {stage}, which has no such parameter "
+            f"(it has {', '.join(params)})"
+        )
+    values = {**places.common(asked), **section}
+    missing = [name for name, value in params.items() if value is None and name not in values]
+    if missing:
+        raise RunError(
+            f"{stage}: no value for {', '.join(missing)}: "
+            f"set it in {where} under stages: {stage}, or in the notebook"
+        )
+    resolved = {name: values[name] if value is None else value for name, value in params.items()}
+    try:
+        resolved = json.loads(
+            json.dumps(resolved)
+        )  # tuples and lists alike, and nothing that cannot be recorded
+    except TypeError as error:
+        raise RunError(
+            f"{stage}: parameters must be numbers, texts, lists or mappings of these ({error})"
+        ) from None
+    given = {name for name, value in params.items() if value is not None}
+    return Run(stage, profile, variant, resolved, given)
+
+
+class Run:
+    """A stage at work: declare what it reads by `input` and `uses`, write into `dir`, then call `finish`."""
+
+    def __init__(self, stage: str, profile: str, variant: str, params: dict, given: set[str]):
+        self.stage, self.profile, self.variant, self.params, self._given = (
+            stage,
+            profile,
+            variant,
+            params,
+            given,
+        )
+        self.p = SimpleNamespace(**params)
+        self.inputs: dict[str, dict] = {}
+        self._run_id = ""
+        self._started = time.time()
+        self.dir = places.run_dir(profile, stage, variant)
+        _make_ready(self.dir)
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        if (
+            "torch" in sys.modules
+        ):  # one thread, so that sums come in one order and results are equal to the byte
+            sys.modules["torch"].set_num_threads(1)
+
+    @property
+    def run_id(self) -> str:
+        """Hash of stage, variant, parameters and inputs; once it is read no further input may be declared."""
+        self._run_id = self._run_id or hash_of([self.stage, self.variant, self.params, self.inputs])[:16]
+        return self._run_id
+
+    def table(self) -> pd.DataFrame:
+        """The parameters in force, to be shown at the top of the notebook."""
+        rows = [("PROFILE", self.profile, "notebook")] + (
+            [("VARIANT", self.variant, "notebook")] if self.variant else []
+        )
+        rows += [
+            (name, value, "notebook" if name in self._given else "profile")
+            for name, value in self.params.items()
+        ]
+        return pd.DataFrame(rows, columns=["parameter", "value", "set in"]).set_index("parameter").astype(str)
+
+    def input(self, stage: str, variant: str = "") -> Path:
+        """The folder of a finished upstream run, recorded as something this run read."""
+        folder = places.run_dir(self.profile, stage, variant)
+        if not (folder / "run.json").exists():
+            raise MissingStage(
+                f"{self.stage} reads {folder.name}, which is not finished: "
+                f"{places.command(stage, variant, self.profile)}"
+            )
+        record = read_record(folder)
+        self._declare(folder.name, {"run_id": record["run_id"], "sha256": record["outputs_sha256"]})
+        return folder
+
+    def uses(self, path: Path | str) -> Path:
+        """A file or folder of the repository outside the runs (model, data), recorded by its content."""
+        path = places.root() / path
+        if not path.exists():
+            raise RunError(f"{self.stage} reads {path.name}, which is not there ({_name(path)})")
+        self._declare(_name(path), {"sha256": sha256(path)})
+        return path
+
+    def results(self) -> Path:
+        """The folder of the joined tables (metrics.csv, notes.csv, runs.csv), for pages that compare runs."""
+        folder = places.results_dir(self.profile)
+        if not (folder / "metrics.csv").exists():
+            raise MissingStage(f"{self.stage} reads the joined tables: make study PROFILE={self.profile}")
+        self.uses(folder / "metrics.csv")
+        return folder
+
+    def _declare(self, name: str, content: dict) -> None:
+        if self._run_id and self.inputs.get(name) != content:
+            raise RunError(f"{self.stage}: declare {name} before run.run_id is read, it is part of it")
+        self.inputs[name] = content
+
+    def checkpoint(self, name: str) -> Path:
+        """Where to save work in progress: found again after a kill if nothing it depends on changed."""
+        from alea_lib.runs.imports import dependencies
+
+        notebook = places.root() / "notebooks" / f"{self.stage}.ipynb"
+        code = [sha256(path) for path in [notebook, *dependencies(notebook)]] if notebook.exists() else []
+        return self.dir / f"checkpoint-{hash_of([self.run_id, code])[:12]}-{name}"
+
+    def finish(self, scores: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Write scores.csv, then the record that says this run is finished; returns the stamp to be shown."""
+        if scores is not None:
+            self._write_scores(scores)
+        for path in self.dir.glob(
+            "checkpoint*"
+        ):  # a finished run needs none, and the next one must not find them
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        record = self._record()
+        write_json(self.dir / "run.json", record)
+        shown = ("run_id", "git_commit", "dirty", "started_utc", "seconds", "device", "torch", "transformers")
+        return pd.DataFrame({"stamp": {key: str(record[key]) for key in shown}})
+
+    def _write_scores(self, scores: pd.DataFrame) -> None:
+        """The rows of this run for metrics.csv, checked here so that a mistake shows where it was made."""
+        from alea_lib.tables import METRIC_COLUMNS, write_metrics
+
+        rows = scores.assign(run_id=self.run_id, profile=self.profile)
+        known = [column for column in METRIC_COLUMNS if column in rows]
+        rows = rows[known + [column for column in rows if column not in known]]
+        write_metrics(rows, self.dir / "scores.csv")
+
+    def _record(self) -> dict:
+        outputs = {
+            _name(path, self.dir): sha256(path)
+            for path in sorted(self.dir.rglob("*"))
+            if path.is_file() and path.suffix != ".ipynb" and path.name != "run.json"
+        }
+        stable = {
+            name: value for name, value in outputs.items() if not any(Path(name).match(p) for p in UNSTABLE)
+        }
+        return {
+            "run_id": self.run_id,
+            "stage": self.stage,
+            "variant": self.variant,
+            "profile": self.profile,
+            "params": self.params,
+            "inputs": self.inputs,
+            "inputs_sha256": hash_of(self.inputs),
+            "outputs": outputs,
+            "outputs_sha256": hash_of(stable),
+            "started_utc": datetime.fromtimestamp(self._started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            "seconds": round(time.time() - self._started, 1),
+            **_code(),
+            **_machine(),
+        }
+
+
+def _make_ready(folder: Path) -> None:
+    """Remove what an earlier run left, its record first; checkpoints and the notebook being executed stay."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.suffix != ".ipynb" and not path.name.startswith("checkpoint"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _name(path: Path, base: Path | None = None) -> str:
+    """A path in records: relative to the repository; outside it the bare name (no machine's paths)."""
+    base = base or places.root()
+    return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
+
+
+def _code() -> dict:
+    """Commit and versions."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", *args], cwd=places.root(), capture_output=True, text=True, timeout=20
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "none"
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "git_commit": git("rev-parse", "HEAD") or "none",
+        "dirty": changes is None or bool(changes),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+    }
+
+
+def _machine() -> dict:
+    """Device, peak memory and threads of this process."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        device, peak = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated() / 2**20
+    else:
+        device, peak = f"cpu {platform.machine()}, {os.cpu_count()} cores", _peak_resident_mib()
+    return {
+        "device": device,
+        "peak_mib": round(peak),
+        "threads": torch.get_num_threads() if torch is not None else 1,
+    }
+
+
+def _peak_resident_mib() -> float:
+    try:
+        import resource
+    except ImportError:  # Windows has no such module
+        return 0.0
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
