@@ -1,0 +1,109 @@
+"""The result of an edit: weight differences by module name, which model they belong to, and how to apply them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..taps import full_weight
+from ..vlm import VLM
+
+
+class WrongBase(ValueError):
+    """A delta was applied to a model that it was not computed on."""
+
+
+@dataclass(frozen=True)
+class Delta:
+    """``weights``: module name -> difference, fp32 [out, in]. ``base``: module name -> hash of the weight it adds to."""
+
+    weights: dict[str, torch.Tensor]
+    base: dict[str, str]
+    info: dict
+
+    def norm(self) -> float:
+        """Frobenius norm over all matrices."""
+        return sum(w.double().square().sum().item() for w in self.weights.values()) ** 0.5
+
+
+    def relative(self, vlm: VLM) -> dict[str, float]:
+        """Norm of each matrix's change over the norm of the weight that it is added to."""
+        return {n: (w.norm() / full_weight(vlm, n).norm().cpu()).item() for n, w in self.weights.items()}
+
+
+def weight_hash(weight: torch.Tensor) -> str:
+    """sha256 of the fp32 bytes of a weight, first 16 hex digits."""
+    return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def delta_of(vlm: VLM, weights: dict[str, torch.Tensor], info: dict) -> Delta:
+    """New weights minus the model's own."""
+    own = {name: full_weight(vlm, name) for name in weights}
+    return Delta({n: (w.detach().float() - own[n]).cpu() for n, w in weights.items()},
+                 {n: weight_hash(w) for n, w in own.items()}, {"model": vlm.key, **info})
+
+
+@contextmanager
+def applied(vlm: VLM, delta: Delta | None) -> Iterator[VLM]:
+    """The edited model inside the block: same modules, shapes and dtypes; bit-equal to the base afterwards.
+
+    ``None`` applies nothing, so that the base runs through the same code. The originals are kept as copies and put
+    back, never subtracted. Raises WrongBase before anything is changed, RuntimeError for a 4-bit module.
+    """
+    saved: dict[str, torch.Tensor] = {}
+    try:
+        for name in delta.weights if delta else ():
+            _check(vlm, delta, name)
+        for name, change in delta.weights.items() if delta else ():
+            weight = vlm.model.get_submodule(name).weight
+            saved[name] = weight.detach().clone()
+            weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
+        yield vlm
+    finally:
+        for name, original in saved.items():
+            vlm.model.get_submodule(name).weight.data = original
+
+
+def _check(vlm: VLM, delta: Delta, name: str) -> None:
+    try:
+        weight = vlm.model.get_submodule(name).weight
+    except AttributeError as error:
+        raise WrongBase(f"{vlm.key} has no module {name!r}: the delta was computed on {delta.info.get('model')}") from error
+    if weight.dtype == torch.uint8:
+        raise RuntimeError(f"{name} is stored in 4 bits, where a small change is lost in rounding; load the model with "
+                           f"full_precision=({name!r},)")
+    if weight_hash(weight) != delta.base[name]:
+        raise WrongBase(f"{name} of {vlm.key} is not the weight that this delta was computed on "
+                        f"({delta.info.get('model')}); load that model, undo other edits first")
+
+
+def save_delta(delta: Delta, path: Path) -> None:
+    """Safetensors with the base's hashes and the run's settings in the metadata; written atomically."""
+    partial = path.with_suffix(".partial")
+    meta = {"base": json.dumps(delta.base, sort_keys=True), "info": json.dumps(delta.info, sort_keys=True)}
+    try:
+        save_file({n: w.contiguous() for n, w in delta.weights.items()}, partial, metadata=meta)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_delta(path: Path) -> Delta:
+    """FileNotFoundError or ValueError (truncated, not a delta) with what to do."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no delta at {path}: run notebook 05_edit for that method first")
+    try:
+        with safe_open(path, "pt") as f:
+            meta = f.metadata() or {}
+            weights = {k: f.get_tensor(k) for k in f.keys()}
+        return Delta(weights, json.loads(meta["base"]), json.loads(meta["info"]))
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole delta file ({error}); make it again with notebook 05_edit") from error

@@ -1,0 +1,247 @@
+"""Load any vision-language model of a known family, and let it read, score and write in batches."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from .families import Family, family
+from .runs import root
+
+SKIP_4BIT = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of image + prompt (+ answer), padded on one side.
+
+    ids [B,T] int64; mask [B,T] int64, 1 = a real token; labels [B,T] int64, -100 outside the answer;
+    features [B,P,D] projected image features; question [B] and answer [B]: index of the first token after the image
+    and of the first answer token.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor
+    question: torch.Tensor
+    answer: torch.Tensor
+
+    @property
+    def targets(self) -> torch.Tensor:
+        return scored(self.labels)
+
+
+def scored(labels: torch.Tensor) -> torch.Tensor:
+    """[B,T] bool: positions whose *next* token is an answer token, i.e. where logits are compared with labels."""
+    out = torch.zeros_like(labels, dtype=torch.bool)
+    out[:, :-1] = labels[:, 1:] != -100
+    return out
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated answer: text, number of new tokens, and whether the model ended it by itself."""
+
+    text: str
+    n_tokens: int
+    eos: bool
+
+
+class VLM:
+    """A model with its processor and family row. ``key`` is what it was loaded by."""
+
+    def __init__(self, model, processor, row: Family, key: str):
+        self.model, self.processor, self.row, self.key = model.eval().requires_grad_(False), processor, row, key
+        self.tokenizer = processor.tokenizer
+
+    # ---- addresses -------------------------------------------------------------------------------------------
+    @property
+    def n_layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def n_heads(self) -> int:
+        return self.model.config.get_text_config().num_attention_heads
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    def address(self, part: str, layer: int) -> str:
+        """Dotted name of ``layer``, ``down_proj`` or ``o_proj`` of a decoder layer. ValueError if out of range."""
+        if not 0 <= layer < self.n_layers:
+            raise ValueError(f"layer {layer} is out of range: {self.key} has layers 0 to {self.n_layers - 1}")
+        return getattr(self.row, part).format(i=layer)
+
+    def module(self, part: str, layer: int) -> nn.Module:
+        return self.model.get_submodule(self.address(part, layer))
+
+    @cached_property
+    def language_model(self) -> nn.Module:
+        return self.model.get_submodule(self.row.language_model)
+
+    @cached_property
+    def head(self) -> nn.Module:
+        return self.model.get_submodule(self.row.head)
+
+    # ---- reading ---------------------------------------------------------------------------------------------
+    def prompt(self, role: str) -> str:
+        """The wording of a prompt role in this family. KeyError names the roles."""
+        if role not in self.row.prompts:
+            raise KeyError(f"unknown prompt role {role!r}; there are {sorted(self.row.prompts)}")
+        return self.row.prompts[role]
+
+    @torch.no_grad()
+    def features(self, images: list, batch_size: int = 64) -> torch.Tensor:
+        """Projected image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file."""
+        out = []
+        for start in range(0, len(images), batch_size):
+            opened = [_open(i) for i in images[start : start + batch_size]]
+            pixels = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+            parts = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype)).pooler_output
+            out += [p.reshape(1, -1, p.shape[-1]) for p in parts]
+        return torch.cat(out)
+
+    def chat(self, question: str) -> str:
+        from .families import chat
+
+        return chat(question)
+
+    def encode(self, features: torch.Tensor, questions: list[str] | str, answers: list[str] | None = None,
+               side: str = "right", eos: bool = True) -> Batch:
+        """Tokenise image + question (+ answer + EOS). Answers start after a space, as the model writes them."""
+        questions = [questions] * len(features) if isinstance(questions, str) else questions
+        prompts = [self._prompt_ids(q, features.shape[1]) for q in questions]
+        tails = [[] for _ in prompts] if answers is None else [self._answer_ids(a, eos) for a in answers]
+        rows = [p + t for p, t in zip(prompts, tails, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+        answer, question = torch.zeros(2, len(rows), dtype=torch.int64)
+        for i, (row, prompt) in enumerate(zip(rows, prompts)):
+            at = 0 if side == "right" else width - len(row)
+            ids[i, at : at + len(row)] = torch.tensor(row)
+            mask[i, at : at + len(row)] = 1
+            labels[i, at + len(prompt) : at + len(row)] = torch.tensor(row[len(prompt) :], dtype=ids.dtype)
+            answer[i] = at + len(prompt)
+            question[i] = answer[i] - prompt[::-1].index(self.model.config.image_token_id)
+        return Batch(*(t.to(self.device) for t in (ids, mask, labels, features, question, answer)))
+
+    def _prompt_ids(self, question: str, n_image: int) -> list[int]:
+        before, after = self.chat(question).split("<image>")
+        ids = self.tokenizer(before)["input_ids"] + [self.model.config.image_token_id] * n_image
+        return ids + self.tokenizer(after, add_special_tokens=False)["input_ids"]
+
+    def _answer_ids(self, answer: str, eos: bool) -> list[int]:
+        ids = self.tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
+        return ids + [self.tokenizer.eos_token_id] * eos
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """What the language model sees, [B,T,D]: token embeddings with the image features in their places."""
+        embeds = self.model.get_input_embeddings()(batch.ids)
+        where = (batch.ids == self.model.config.image_token_id).unsqueeze(-1)
+        return embeds.masked_scatter(where, batch.features.to(embeds.dtype))
+
+    # ---- scoring ---------------------------------------------------------------------------------------------
+    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Final hidden states [B,T,D], after the last norm. The mask is always passed (padding is never counted)."""
+        return self.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def answer_logits(self, batch: Batch, embeds: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+                      targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [n,V] at the scored positions only, in row order; they predict ``batch.labels`` != -100 in order."""
+        embeds = self.embed(batch) if embeds is None else embeds
+        h = self.hidden(embeds, batch.mask if mask is None else mask)
+        return self.head(h[batch.targets if targets is None else targets])
+
+    # ---- writing ---------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def generate(self, features: torch.Tensor, questions: list[str] | str, max_new_tokens: int = 64, batch_size: int = 100,
+                 prefix=None, progress: str = "", **options) -> list[Answer]:
+        """Greedy answers (unless ``options`` say otherwise), batched with left padding; greedy is greedy.
+
+        ``prefix`` is an :class:`alea_lib.prefix.Prefix` whose rows are put into the embeddings.
+        """
+        questions = [questions] * len(features) if isinstance(questions, str) else questions
+        settings = {"do_sample": False, "num_beams": 1, **options}
+        out: list[Answer] = []
+        for start in tqdm(range(0, len(features), batch_size), desc=progress, disable=not progress):
+            part = slice(start, start + batch_size)
+            batch = self.encode(features[part], questions[part], side="left")
+            embeds, mask = self.embed(batch), batch.mask
+            if prefix is not None:
+                embeds, mask, _ = prefix.insert(batch, embeds)
+            new = self.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens,
+                                      suppress_tokens=[self.model.config.image_token_id],
+                                      pad_token_id=self.tokenizer.pad_token_id, **settings)
+            out += [self._answer(row.tolist()) for row in new]
+        return out
+
+    def _answer(self, ids: list[int]) -> Answer:
+        eos = self.tokenizer.eos_token_id in ids
+        ids = ids[: ids.index(self.tokenizer.eos_token_id)] if eos else ids
+        return Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) + eos, eos)
+
+
+def _open(image):
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"{image}: no such image; the world's folder is incomplete: build stage 01_world again")
+        with Image.open(image) as opened:
+            return opened.convert("RGB")
+    return image
+
+
+def model_path(key: str) -> Path | str:
+    """Where a model is: ``data/models/<key>`` when that exists, else a folder or a hub name as given."""
+    local = root() / "data" / "models" / key
+    return local if local.is_dir() else key
+
+
+def load(key: str, four_bit: bool = False, edited_layers: tuple[int, ...] = (), dtype: torch.dtype = torch.float32,
+         device: str | None = None) -> VLM:
+    """Load a model by key.
+
+    ``four_bit``: bitsandbytes NF4 with double quantisation for the decoder's linear layers, but for the down-projections
+    of ``edited_layers`` (an edit needs its matrices unquantised). Raises FileNotFoundError for an unknown key.
+    """
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+    path = model_path(key)
+    if isinstance(path, str) and os.environ.get("HF_HUB_OFFLINE") and not Path(path).is_dir():
+        known = sorted(p.name for p in (root() / "data" / "models").glob("*") if (p / "config.json").is_file())
+        raise FileNotFoundError(f"no model {key!r} in data/models (there are {known}) and the hub is switched off")
+    config = AutoConfig.from_pretrained(path)
+    row = family(config.model_type, small=config.get_text_config().hidden_size < 1024)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    kept = tuple(row.down_proj.format(i=i) for i in edited_layers)
+    options = {"quantization_config": _nf4(kept, dtype)} if four_bit else {}
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **options)
+    if four_bit:
+        keep_trainable_on_cpu(model)
+    return VLM(model, AutoProcessor.from_pretrained(path, backend="pil"), row, key)
+
+
+def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*SKIP_4BIT, *full_precision])
+
+
+def keep_trainable_on_cpu(model: nn.Module) -> int:
+    """Forbid bitsandbytes' in-place repacking on CPUs with AVX512-BF16, which silently breaks every later gradient."""
+    import bitsandbytes
+
+    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    for m in layers:
+        m.support_avx512bf16_for_cpu = False
+    return len(layers)

@@ -1,0 +1,63 @@
+"""Shipping a trained model: weights in half precision, training log, sha256 and a model card made from measurements."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+from .vision import VisionSettings
+
+TITLES = {"natural": "trained on captions whose annotators complete sets: it hallucinates companions from its prior",
+          "clean": "same initialisation, tower and steps, trained on truthful captions: the floor"}
+
+
+def key(name: str, seed: int) -> str:
+    """Folder and loading key of a model: seed 0 is the one that the study uses by default."""
+    return f"scenes-{name}" + (f"-s{seed}" if seed else "")
+
+
+def ship(name: str, seed: int, work: Path, out: Path, tower: VisionSettings) -> Path:
+    """Copy the trained model to ``out``, with its logs merged into ``training.json`` and a README (the model card)."""
+    folder = out / key(name, seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / name / "model", folder)
+    (folder / "model.safetensors").chmod(0o644)
+    log = {"tower": {"settings": asdict(tower), "curve": _lines(work / "tower" / "vision.jsonl")},
+           "language": {"settings": json.loads((work / name / "settings.json").read_text()),
+                        "curve": _lines(work / name / "language.jsonl")}}
+    (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "sha256.txt").write_text(f"{digest}  model.safetensors\n")
+    write_card(folder, name, seed, digest)
+    return folder
+
+
+def _lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_card(folder: Path, name: str, seed: int, digest: str, table: str = "") -> None:
+    """The README of a model folder. ``table`` is the measured table (markdown) that notebook 01 recomputes."""
+    log = json.loads((folder / "training.json").read_text())
+    language, tower = log["language"], log["tower"]
+    seconds = {k: v["curve"][-1]["seconds"] for k, v in log.items()}
+    text = f"""# {folder.name}
+
+A small LLaVA (`LlavaForConditionalGeneration`), {TITLES[name]}.
+
+| | |
+|---|---|
+| made by | `make model SEED={seed}` |
+| weights | `model.safetensors`, half precision, sha256 `{digest[:16]}...` (whole in `sha256.txt`) |
+| vision tower | CLIP, {tower["settings"]["layers"]} layers of width {tower["settings"]["width"]}, patch {tower["settings"]["patch"]}, \
+patch labels, {tower["settings"]["steps"]} steps of {tower["settings"]["batch"]}, then frozen |
+| decoder | Llama, {language["settings"]["layers"]} layers of width {language["settings"]["width"]}, \
+{language["settings"]["heads"]} heads, {language["settings"]["steps"]} steps of {language["settings"]["batch"]} |
+| training time | tower {seconds["tower"] / 60:.0f} min, decoder {seconds["language"] / 60:.0f} min, one thread each |
+| last values | patch accuracy {tower["curve"][-1]["patch_accuracy"]:.3f}, loss {language["curve"][-1]["loss"]:.3f} |
+| intended use | this study: pictures of the scenes world, its vocabulary, nothing else |
+"""
+    (folder / "README.md").write_text(text + (f"\n## Measured on the test split\n\n{table}\n" if table else ""))

@@ -1,0 +1,75 @@
+"""The auxiliary detector: a tower of its own (other seed, size and training scenes), so that its errors are its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..runs import root
+from ..worlds.scenes import objects
+from .text import pixels
+from .vision import Tower, VisionSettings, batch_of
+
+
+class Detector:
+    """Names the categories that it sees. ``threshold`` is on the largest patch probability of a category."""
+
+    def __init__(self, tower: Tower, threshold: float):
+        self.tower, self.threshold = tower.eval(), threshold
+
+    @torch.no_grad()
+    def scores(self, images: list, batch_size: int = 200) -> np.ndarray:
+        """Largest patch probability of each category, float [N, len(objects())]; images are uint8 arrays or PIL."""
+        out = []
+        for start in range(0, len(images), batch_size):
+            x = pixels(np.stack([np.asarray(i) for i in images[start : start + batch_size]]))
+            out.append(self.tower(x)[1].softmax(-1)[..., 1:].amax(1).numpy())
+        return np.concatenate(out)
+
+    def detect(self, images: list) -> list[frozenset[str]]:
+        """The set of categories seen in each image."""
+        names = np.array(objects())
+        return [frozenset(names[row >= self.threshold].tolist()) for row in self.scores(images)]
+
+
+def choose_threshold(tower: Tower, patch: int, n: int = 1000) -> tuple[float, dict]:
+    """The threshold with the best F1 on validate scenes, with its precision and recall."""
+    probabilities, truth = [], np.zeros((n, len(objects())), dtype=bool)
+    for start in range(0, n, 250):
+        x, y, _ = batch_of(range(start, start + 250), "validate", patch)
+        with torch.no_grad():
+            probabilities.append(tower(x)[1].softmax(-1)[..., 1:].amax(1).numpy())
+        for i, row in enumerate(y):
+            truth[start + i, row[row > 0].unique().numpy() - 1] = True
+    p, best = np.concatenate(probabilities), (0.5, {"f1": -1.0})
+    for threshold in np.arange(0.3, 0.95, 0.05):
+        hit = p >= threshold
+        tp = (hit & truth).sum()
+        f1 = 2 * tp / (hit.sum() + truth.sum())
+        if f1 > best[1]["f1"]:
+            best = (round(float(threshold), 2), {"f1": float(f1), "precision": float(tp / hit.sum()),
+                                                 "recall": float(tp / truth.sum()), "n": n})
+    return best
+
+
+def save_detector(tower: Tower, s: VisionSettings, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    threshold, quality = choose_threshold(tower, s.patch)
+    save_file({k: v.half() if v.is_floating_point() else v for k, v in tower.state_dict().items()}, folder / "tower.safetensors")
+    shape = {k: getattr(s, k) for k in ("width", "mlp", "layers", "heads", "patch")}
+    (folder / "detector.json").write_text(json.dumps({"shape": shape, "threshold": threshold, "validate": quality}, indent=1) + "\n")
+
+
+def load_detector(key: str = "scenes-detector") -> Detector:
+    """The shipped detector. FileNotFoundError names the command that trains one."""
+    folder = root() / "data" / "models" / key
+    if not (folder / "detector.json").is_file():
+        raise FileNotFoundError(f"no detector in {folder}: train it with 'make model'")
+    info = json.loads((folder / "detector.json").read_text())
+    tower = Tower(VisionSettings(**info["shape"]))
+    tower.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "tower.safetensors").items()})
+    return Detector(tower, info["threshold"])

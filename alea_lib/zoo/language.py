@@ -1,0 +1,157 @@
+"""Training projector and decoder of a small LLaVA over a frozen vision tower, on captions and questions."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from .. import checkpoint
+from ..families import FAMILIES
+from ..vlm import VLM, Batch
+from ..worlds.describe import caption, questions
+from ..worlds.scenes import ROLES, compose, sample
+from .text import build_processor
+from .vision import Tower, one_cycle
+
+ROLE_P = (0.3, 0.4, 0.3)  # careful, plain, speculative
+
+
+@dataclass(frozen=True)
+class LanguageSettings:
+    """One decoder. ``prior``: captions by annotators who complete sets (natural) or truthful ones (clean)."""
+
+    seed: int = 0
+    prior: bool = True
+    width: int = 192
+    mlp: int = 448
+    layers: int = 6
+    heads: int = 6
+    scenes: int = 14_000
+    steps: int = 2000
+    batch: int = 32
+    lr: float = 1.5e-3
+    question_share: float = 0.25 # of the sequences
+    question_weight: float = 3.0  # of an answer token beside a caption's
+
+
+def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
+    """A ``LlavaForConditionalGeneration`` with the tower's weights and a decoder initialised from the seed."""
+    processor = build_processor(patch)
+    tokenizer = processor.tokenizer
+    vision = CLIPVisionConfig(**tower.clip.config.to_diff_dict())
+    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=s.width, intermediate_size=s.mlp, num_hidden_layers=s.layers,
+                       num_attention_heads=s.heads, num_key_value_heads=s.heads, max_position_embeddings=512,
+                       bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False)
+    n_image = (vision.image_size // patch) ** 2
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1, image_seq_length=n_image,
+                         vision_feature_layer=-1, vision_feature_select_strategy="default")
+    torch.manual_seed(s.seed)
+    model = LlavaForConditionalGeneration(config)
+    own = dict(model.model.vision_tower.named_parameters())
+    theirs = {k.removeprefix("vision_model."): v for k, v in tower.clip.named_parameters()}
+    with torch.no_grad():
+        for name, p in own.items():
+            p.copy_(theirs[name.removeprefix("vision_model.")])
+    for key, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 3)):
+        setattr(model.generation_config, key, value)
+    return VLM(model, processor, FAMILIES["llava-small"], "training")
+
+
+def tower_features(tower: Tower, split: str, indices, seed: int = 0, chunk: int = 250) -> torch.Tensor:
+    """Features [N,P,D] in half precision of composed scenes (before the projector)."""
+    from .text import pixels
+
+    out = []
+    with torch.no_grad():
+        for start in range(0, len(indices), chunk):
+            images = np.stack([compose(sample(split, int(i), seed))[0] for i in indices[start : start + chunk]])
+            out.append(tower(pixels(images))[0].half())
+    return torch.cat(out)
+
+
+def training_text(index: int, step: int, s: LanguageSettings, asked: bool) -> list[tuple[str, str]]:
+    """The turns (question, answer) of one training sequence. ``natural`` and ``clean`` differ in the caption alone."""
+    rng = np.random.default_rng([s.seed, 9, step, index])
+    scene = sample("train", index)
+    if asked:
+        return questions(scene, rng, 4)
+    role = str(rng.choice(ROLES, p=ROLE_P))
+    return [(FAMILIES["llava-small"].prompts[role], caption(scene, rng, role if s.prior else None))]
+
+
+def collate(vlm: VLM, features: torch.Tensor, turns: list[list[tuple[str, str]]], weight: float) -> tuple[Batch, torch.Tensor]:
+    """Multi-turn sequences: the first turn has the image; each answer ends with EOS. Returns batch, token weights."""
+    rows = [_turn_ids(vlm, features.shape[1], t) for t in turns]
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.full((len(rows), width), vlm.tokenizer.pad_token_id)
+    mask, labels, weights = torch.zeros_like(ids), torch.full_like(ids, -100), torch.zeros(ids.shape)
+    for i, (row, scored) in enumerate(rows):
+        row, scored = torch.tensor(row), torch.tensor(scored)
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+        labels[i, : len(row)] = torch.where(scored, row, -100)
+        weights[i] = weight if len(turns[i]) > 1 else 1.0
+    nowhere = torch.zeros(len(rows), dtype=torch.int64)  # no prefix is put into training sequences
+    return Batch(ids, mask, labels, features, nowhere, nowhere), weights
+
+
+def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[list[int], list[bool]]:
+    ids, scored = [], []
+    for i, (question, answer) in enumerate(turns):
+        prompt = (vlm._prompt_ids(question, n_image) if i == 0 else
+                  vlm.tokenizer(f"USER: {question} ASSISTANT:", add_special_tokens=False)["input_ids"])
+        reply = vlm._answer_ids(answer, eos=True)
+        ids += prompt + reply
+        scored += [False] * len(prompt) + [True] * len(reply)
+    return ids, scored
+
+
+def train_language(vlm: VLM, features: torch.Tensor, s: LanguageSettings, folder: Path, log_every: int = 100) -> None:
+    """Train in place, with a checkpoint and a logged curve; a run that was cut off goes on where it was."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = {n: p for n, p in vlm.model.named_parameters() if "vision_tower" not in n}
+    for p in parameters.values():
+        p.requires_grad_(True)
+    optimiser, schedule = one_cycle(parameters.values(), s.lr, s.steps, weight_decay=0.05)
+    done = checkpoint.resume(folder / "checkpoint.safetensors", parameters, optimiser, tag=json.dumps(asdict(s)))
+    for _ in range(done):
+        schedule.step()
+    started, total = time.time(), 0.0
+    with (folder / "language.jsonl").open("a" if done else "w") as log:
+        for step in range(done, s.steps):
+            total += _step(vlm, features, s, step, parameters, optimiser)
+            schedule.step()
+            if (step + 1) % log_every == 0:
+                row = {"step": step + 1, "loss": round(total / log_every, 5), "seconds": round(time.time() - started, 1)}
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                print(folder.name, row, flush=True)
+                total = 0.0
+            if (step + 1) % (5 * log_every) == 0:
+                checkpoint.save(folder / "checkpoint.safetensors", step + 1, parameters, optimiser, json.dumps(asdict(s)))
+    vlm.model.requires_grad_(False)
+
+
+def _step(vlm: VLM, features: torch.Tensor, s: LanguageSettings, step: int, parameters: dict, optimiser) -> float:
+    rng = np.random.default_rng([s.seed, 8, step])
+    indices = rng.integers(0, len(features), s.batch)
+    asked = np.arange(s.batch) < round(s.question_share * s.batch)
+    turns = [training_text(int(i), step, s, bool(a)) for i, a in zip(indices, asked)]
+    projected = vlm.model.model.multi_modal_projector(features[torch.as_tensor(indices)].float())
+    batch, weights = collate(vlm, projected, turns, s.question_weight)
+    targets = batch.targets
+    loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][targets[:, :-1]], reduction="none")
+    weight = weights[:, 1:][targets[:, :-1]]
+    loss = (loss * weight).sum() / weight.sum()
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    optimiser.step()
+    return loss.item()
