@@ -62,9 +62,7 @@ def execute(
         guard(partial)
         if not (folder / "run.json").exists() or (folder / "run.json").stat().st_mtime < started - 1:
             raise RunError("the notebook ended without calling run.finish(...)")
-    except (
-        BaseException
-    ) as error:  # also Ctrl-C and a killed kernel: none of them may leave a run that looks finished
+    except BaseException as error:  # Ctrl-C too may not leave a run that looks finished
         (folder / "run.json").unlink(missing_ok=True)
         if partial.exists():
             os.replace(partial, failed)

@@ -132,9 +132,8 @@ class Library:
                 isinstance(node, ast.Call)
                 and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
             ):
-                for other in path.parent.glob(
-                    "*.py"
-                ):  # picked by name while running: any of its neighbours may be meant
+                # picked by name while running: any of its neighbours may be meant
+                for other in path.parent.glob("*.py"):
                     self._add_file(other, here)
 
     def _add_data(self, name: str, path: Path) -> None:

@@ -89,13 +89,8 @@ class Run:
     """A stage at work: declare what it reads by `input` and `uses`, write into `dir`, then call `finish`."""
 
     def __init__(self, stage: str, profile: str, variant: str, params: dict, given: set[str]):
-        self.stage, self.profile, self.variant, self.params, self._given = (
-            stage,
-            profile,
-            variant,
-            params,
-            given,
-        )
+        self.stage, self.profile, self.variant = stage, profile, variant
+        self.params, self._given = params, given
         self.p = SimpleNamespace(**params)
         self.inputs: dict[str, dict] = {}
         self._run_id = ""
@@ -103,9 +98,7 @@ class Run:
         self.dir = places.run_dir(profile, stage, variant)
         _make_ready(self.dir)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        if (
-            "torch" in sys.modules
-        ):  # one thread, so that sums come in one order and results are equal to the byte
+        if "torch" in sys.modules:  # one thread: sums come in one order, results are equal to the byte
             sys.modules["torch"].set_num_threads(1)
 
     @property
@@ -116,13 +109,10 @@ class Run:
 
     def table(self) -> pd.DataFrame:
         """The parameters in force, to be shown at the top of the notebook."""
-        rows = [("PROFILE", self.profile, "notebook")] + (
-            [("VARIANT", self.variant, "notebook")] if self.variant else []
-        )
-        rows += [
-            (name, value, "notebook" if name in self._given else "profile")
-            for name, value in self.params.items()
-        ]
+        rows = [("PROFILE", self.profile, "notebook"), ("VARIANT", self.variant, "notebook")]
+        for name, value in self.params.items():
+            rows.append((name, value, "notebook" if name in self._given else "profile"))
+        rows = [row for row in rows if row[:2] != ("VARIANT", "")]
         return pd.DataFrame(rows, columns=["parameter", "value", "set in"]).set_index("parameter").astype(str)
 
     def input(self, stage: str, variant: str = "") -> Path:
@@ -170,9 +160,7 @@ class Run:
         """Write scores.csv, then the record that says this run is finished; returns the stamp to be shown."""
         if scores is not None:
             self._write_scores(scores)
-        for path in self.dir.glob(
-            "checkpoint*"
-        ):  # a finished run needs none, and the next one must not find them
+        for path in self.dir.glob("checkpoint*"):  # a finished run needs none
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         record = self._record()
         write_json(self.dir / "run.json", record)

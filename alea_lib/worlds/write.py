@@ -118,7 +118,7 @@ class World:
         self.folder = Path(folder)
         if not (self.folder / "world.json").is_file():
             raise FileNotFoundError(f"{self.folder} is no world: world.json is missing; make it with "
-                                    "'python -m alea_lib.worlds make --profile scenes'")
+                                    "'make run NB=01_world'")
 
     @cached_property
     def info(self) -> dict:

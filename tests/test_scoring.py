@@ -1,0 +1,134 @@
+"""One method through all measures: rows of the contract, paired differences, and what truncation lacks."""
+
+import pandas as pd
+import pytest
+import torch
+
+from alea_lib.edit.delta import delta_of
+from alea_lib.measures.chair import Truth
+from alea_lib.measures.pope import read_pope
+from alea_lib.measures.truth import read_truth
+from alea_lib.scoring import GROUP, evaluate, read_evaluated, score_rows, truncated, write_evaluated
+from alea_lib.tables import METRIC_COLUMNS, check_metrics
+
+KEYS = {"run_id": "r", "profile": "p", "world": "scenes", "model": "tiny", "split": "test", "prompt": "plain",
+        "condition": "clean", "base_seed": 0, "seed": 0}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def study(tiny, tiny_world):
+    """Split, truth, questions, and the base model evaluated."""
+    split = tiny_world.split("test")
+    truth = read_truth(split.instances, split.captions)
+    files = {s: read_pope(tiny_world.pope(s)) for s in ("random", "popular", "adversarial")}
+    parts = [q.assign(setting=s, question_id=s + q["question_id"].astype(str)) for s, q in files.items()]
+    questions = pd.concat(parts, ignore_index=True)
+    return split, truth, questions, evaluate(tiny, split, truth, questions, 6)
+
+
+@pytest.fixture(scope="module")
+def changed(tiny):
+    name = tiny.address("down_proj", 2)
+    weight = tiny.model.get_submodule(name).weight.detach()
+    noise = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    return delta_of(tiny, {name: weight + weight.std() * 3 * noise}, {})
+
+
+def test_base_rows_keep_the_contract(study):
+    split, truth, questions, base = study
+    rows = check_metrics(score_rows(base, None, truth, method="base", **KEYS))
+    assert list(rows.columns) == list(METRIC_COLUMNS)
+    found = rows.set_index(["benchmark", "setting", "metric"])
+    for metric in ("chair_s", "recall", "words", "objects_per_caption", "eos_rate"):
+        assert ("chair", "max6", metric) in found.index
+    for setting in ("all", "random", "popular", "adversarial"):
+        assert found.loc[("pope", setting, "pope_accuracy"), "n"] == questions["image_id"].nunique()
+    assert ("pope", "", "pope_accuracy") not in found.index
+    for metric in ("attn_last_max", "attn_last_mean", "attn_all_mean"):
+        assert ("grounding", "answer", metric) in found.index
+    assert (rows.loc[rows["benchmark"] == "pope", "prompt"] == "").all()
+    assert (rows.loc[rows["benchmark"] != "pope", "prompt"] == "plain").all()
+    assert not rows["metric"].str.endswith("_diff").any() and "frontier_gap" not in set(rows["metric"])
+    by_hand = base.captions["eos"].mean()
+    assert found.loc[("chair", "max6", "eos_rate"), "value"] == pytest.approx(by_hand)
+
+
+def test_a_method_rows_hold_differences(tiny, study, changed):
+    split, truth, questions, base = study
+    found = evaluate(tiny, split, truth, questions, 6, changed)
+    assert found.captions["caption"].tolist() != base.captions["caption"].tolist()  # the edit was at work
+    rows = check_metrics(score_rows(found, base, truth, method="alea-mixed", **KEYS))
+    alone = score_rows(base, None, truth, method="base", **KEYS)
+    key = ["benchmark", "setting", "metric"]
+    mine, theirs = rows.set_index(key)["value"], alone.set_index(key)["value"]
+    for (benchmark, setting, metric), value in mine.items():
+        if metric.endswith("_diff"):
+            plain = metric.removesuffix("_diff")
+            change = mine[benchmark, setting, plain] - theirs[benchmark, setting, plain]
+            assert value == pytest.approx(change, abs=1e-9), metric
+    assert ("chair", "max6", "frontier_gap") in mine.index
+    for benchmark, setting, metric in [("pope", "all", "pope_accuracy"), ("grounding", "answer", "attn_last_max")]:
+        assert (benchmark, setting, f"{metric}_diff") in mine.index
+
+
+def test_the_base_against_itself_differs_by_nothing(study):
+    _, truth, _, base = study
+    rows = score_rows(base, base, truth, method="base", **KEYS)
+    changes = rows[rows["metric"].str.endswith("_diff")]
+    assert len(changes) > 5 and (changes[["value", "lo", "hi"]] == 0).all(axis=None)
+
+
+def test_truncated_rows_lack_what_is_not_defined(study):
+    _, truth, _, base = study
+    found = truncated(base.captions, truth, 6)
+    assert set(found.items["benchmark"]) == {"chair"}
+    assert found.notes["metric"].tolist() == ["pope_*", "attn_*"] and found.notes["reason"].str.len().min() > 20
+    rows = check_metrics(score_rows(found, base, truth, method="truncation", **KEYS))
+    assert not rows["metric"].str.startswith(("pope", "attn")).any()
+    assert {"chair_s", "chair_s_diff", "frontier_gap"} <= set(rows["metric"])
+
+
+TRUTH = Truth({i: frozenset({"cup", "bowl"}) for i in range(1, 5)}, {}, {i: f"{i}.png" for i in range(1, 5)}, "singularise")
+
+
+def table(*texts):
+    return pd.DataFrame({"image_id": range(1, 5), "caption": texts, "n_tokens": 5, "eos": [True, True, True, False]})
+
+
+def test_signs_by_hand():
+    """The method drops the hallucinated dog and says one thing less: CHAIR falls, so its difference is negative."""
+    base = truncated(table(*["There is a cup with a bowl and a dog."] * 4), TRUTH, 64)
+    method = truncated(table(*["There is a cup with a bowl."] * 3, "There is a cup with a dog."), TRUTH, 64)
+    rows = score_rows(method, base, TRUTH, method="alea-mixed", **KEYS).set_index("metric")
+    assert rows.loc["chair_s", "value"] == 0.25 and rows.loc["chair_s_diff", "value"] == -0.75
+    assert rows.loc["chair_i_diff", "value"] == pytest.approx(1 / 8 - 4 / 12)
+    assert rows.loc["recall_diff", "value"] == pytest.approx(7 / 8 - 1)
+    assert rows.loc["words_diff", "value"] == pytest.approx((3 * 7 + 7) / 4 - 10)
+    assert rows.loc["objects_per_caption_diff", "value"] == pytest.approx(2 - 3)
+    assert rows.loc["eos_rate", "value"] == 0.75 and rows.loc["eos_rate_diff", "value"] == 0
+    # cut to no sentence at all the base has CHAIRs 0 at recall 0, whole 1 at 1; at recall 7/8 it has 7/8
+    assert rows.loc["frontier_gap", "value"] == pytest.approx(7 / 8 - 1 / 4)
+    assert (rows["n"] == 4).all() and (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
+
+
+def test_truncation_drops_the_last_sentence():
+    base = table("There is a cup. There is a dog.", "There is a cup.", "There is a cup. It is big. There is a dog.", "")
+    found = truncated(base, TRUTH, 64)
+    assert found.captions["caption"].tolist() == ["There is a cup.", "There is a cup.", "There is a cup. It is big.", ""]
+
+
+def test_evaluated_round_trip(study, tmp_path):
+    _, _, _, base = study
+    write_evaluated(base, tmp_path)
+    again = read_evaluated(tmp_path)
+    pd.testing.assert_frame_equal(again.items, base.items, check_dtype=False)
+    pd.testing.assert_frame_equal(again.captions, base.captions, check_dtype=False)
+    assert list(again.items.columns) == [*GROUP, "image_id", "metric", "num", "den"]
+    assert not (tmp_path / "notes.csv").exists()
+    write_evaluated(truncated(base.captions, _all(base), 6), tmp_path)
+    assert (tmp_path / "notes.csv").read_text().startswith("metric,reason")
+
+
+def _all(found):
+    ids = found.captions["image_id"]
+    return Truth({i: frozenset({"cup"}) for i in ids}, {}, {i: "" for i in ids}, "singularise")

