@@ -13,7 +13,7 @@ from .vlm import VLM
 # What may stand between two noun phrases of a list, longest first.
 JOINTS = (", and", ",", " and", " with", " next to", " beside", " near", " along with", " as well as", " or")
 _DETERMINER = r"(?:a|an|the|some|one|two|three|four|several|many)"
-_BEFORE = re.compile(rf"\b{_DETERMINER}\s+(?:[\w-]+\s+){{0,3}}$", re.IGNORECASE)
+_BEFORE = re.compile(rf"\b{_DETERMINER}\s+(?:(?!{_DETERMINER}\s)[\w-]+\s+){{0,3}}$", re.IGNORECASE)
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*\s*")
 
 
@@ -84,7 +84,7 @@ def _without(sentence: str, mention: Mention) -> str:
         if before.endswith(joint):
             return _agree(before[: -len(joint)] + after)
     for joint in JOINTS:
-        if after.startswith(joint):
+        if re.match(rf"{joint}(?!\w)", after):
             return _agree(f"{before} {after[len(joint) :].lstrip()}")
     return ""
 

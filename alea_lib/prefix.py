@@ -29,7 +29,7 @@ class Prefix:
         """Embeddings [B,T+k,D], mask [B,T+k] and labels [B,T+k] with the rows in their place in each item."""
         at = batch.answer if self.place == "answer" else batch.question
         k = len(self.rows)
-        rows = self.rows.to(embeds.dtype).expand(len(embeds), -1, -1)
+        rows = self.rows.to(embeds).expand(len(embeds), -1, -1)
         ones, none = batch.mask.new_ones(len(embeds), k), batch.labels.new_full((len(embeds), k), -100)
         return _splice(embeds, rows, at), _splice(batch.mask, ones, at), _splice(batch.labels, none, at)
 
@@ -74,6 +74,8 @@ def fit_prefix(vlm: VLM, features: torch.Tensor, negatives: list[str], settings:
 
     Returns the prefix and its curve (step, nll, neglect). The model is not touched.
     """
+    if not len(negatives):
+        raise ValueError("no negatives to tune the prefix on: stage 02_activate found no pairs")
     start = random_prefix(vlm, settings)
     rows = start.rows.clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([rows], lr=settings.lr, weight_decay=0.0)
@@ -91,7 +93,7 @@ def fit_prefix(vlm: VLM, features: torch.Tensor, negatives: list[str], settings:
         optimiser.step()
         with torch.no_grad():
             rows *= (limit / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0)
-        curve.append({"step": step, "nll": nll.item(), "neglect": float(neglect)})
+        curve.append({"step": step, "nll": nll.item(), "neglect": neglect.item()})
     return Prefix(rows.detach(), settings.place), pd.DataFrame(curve)
 
 

@@ -36,7 +36,8 @@ def pope_answers(vlm: VLM, split: Split, features: torch.Tensor, questions: pd.D
     texts = [q + vlm.row.short_answer for q in asked["text"]]
     found = vlm.generate(features[where], texts, max_new_tokens=4, batch_size=batch_size, progress="POPE")
     asked["answer"] = [a.text for a in found]
-    return questions.merge(asked, on=["image", "text"], how="left")[["question_id", "answer"]]
+    keys = [c for c in ("setting", "question_id") if c in questions]
+    return questions.merge(asked, on=["image", "text"], how="left")[[*keys, "answer"]]
 
 
 @torch.no_grad()

@@ -21,9 +21,10 @@ class SilentTap(RuntimeError):
 @contextmanager
 def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: list[int] | None = None) -> Iterator[None]:
     """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer (before any final norm)."""
+    wanted = range(vlm.n_layers) if layers is None else layers
     with ExitStack() as stack:
         fired = set()
-        for layer in range(vlm.n_layers) if layers is None else layers:
+        for layer in wanted:
             module = vlm.module("layer", layer)
 
             def hook(_, args, output, layer=layer):
@@ -32,8 +33,8 @@ def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: lis
 
             stack.callback(module.register_forward_hook(hook).remove)
         yield
-        if not fired:
-            raise SilentTap(f"no decoder layer of {vlm.key} ran while it was read; run a forward pass inside the block")
+        if silent := sorted(set(wanted) - fired):
+            raise SilentTap(f"layers {silent} of {vlm.key} did not run while they were read; run a forward pass inside the block")
 
 
 @contextmanager

@@ -119,6 +119,8 @@ class VLM:
                side: str = "right", eos: bool = True) -> Batch:
         """Tokenise image + question (+ answer + EOS). Answers start after a space, as the model writes them."""
         questions = [questions] * len(features) if isinstance(questions, str) else questions
+        if len(questions) != len(features):
+            raise ValueError(f"{len(features)} images, {len(questions)} questions: give one question an image, or one for all")
         prompts = [self._prompt_ids(q, features.shape[1]) for q in questions]
         tails = [[] for _ in prompts] if answers is None else [self._answer_ids(a, eos) for a in answers]
         rows = [p + t for p, t in zip(prompts, tails, strict=True)]

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny random model and a tiny world, each built once. Nothing heavy is imported before it is asked for."""
+"""Fixtures: a tiny random model and a tiny world, each built once. Heavy imports wait until needed."""
 
 import os
 

@@ -106,7 +106,12 @@ def test_random_control_is_fair():
 
 def test_locate_table():
     table = locate_layers(P, N)
-    assert set(table["locator"]) == set(LOCATORS) and list(table.columns) == ["locator", "pair", "layer", "score"]
+    assert set(table["locator"]) == set(LOCATORS) and list(table.columns) == [
+        "locator",
+        "pair",
+        "layer",
+        "score",
+    ]
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 4, 8)
     one = locate_layers(a, b, ["raw-l2"])

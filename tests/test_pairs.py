@@ -23,7 +23,8 @@ from alea_lib.worlds.scenes import sample
         ("There is a spoon with a bowl.", {"bowl"}, "There is a bowl."),
         ("A kitchen scene shows a cup and a bowl.", {"cup"}, "A kitchen scene shows a cup."),
         ("A kitchen scene shows a cup and a bowl.", {"bowl"}, "A kitchen scene shows a bowl."),
-        ("A kitchen scene shows a cup with a spoon and a bowl.", {"cup", "bowl"}, "A kitchen scene shows a cup and a bowl."),
+        ("A kitchen scene shows a cup with a spoon and a bowl.", {"cup", "bowl"},
+         "A kitchen scene shows a cup and a bowl."),
         ("A kitchen scene shows a cup with a spoon and a bowl.", {"cup"}, "A kitchen scene shows a cup."),
         ("A kitchen scene shows a cup with a spoon and a bowl.", {"bowl"}, "A kitchen scene shows a bowl."),
         ("There is a cup, a bowl, and a spoon.", {"cup", "bowl"}, "There is a cup, a bowl."),
@@ -35,7 +36,7 @@ from alea_lib.worlds.scenes import sample
         ("There is a cup. There is also a bowl.", set(), ""),
         ("There is a spoon with a bowl.", set(), ""),
         ("There is a cup.", {"cup"}, "There is a cup."),
-        ("A kitchen scene on a blue background. There is a cup.", set(), "A kitchen scene on a blue background."),
+        ("A scene on a blue background. There is a cup.", set(), "A scene on a blue background."),
         ("", {"cup"}, ""),
         # number
         ("There are two cups with a bowl.", {"cup"}, "There are two cups."),
@@ -73,7 +74,9 @@ OBJECTS = ("cup", "bowl", "hot dog", "dog", "teddy bear", "apple", "pair of skis
 NAMES = {"pair of skis": "skis"}
 PHRASE = st.tuples(st.sampled_from(OBJECTS), st.booleans(), st.sampled_from(["", "small ", "red "]))
 JOINT = st.sampled_from([" and ", ", ", " with ", " next to ", " near ", ", and ", " or ", " behind "])
-START = st.sampled_from(["There is ", "On the left there is ", "A kitchen scene shows ", "In front of the wall stands "])
+START = st.sampled_from(
+    ["There is ", "On the left there is ", "A kitchen scene shows ", "In front of the wall stands "]
+)
 
 
 @st.composite
@@ -139,7 +142,9 @@ class Scripted:
 def pairs_of(negatives, positives, supported, **more):
     n, vlm = len(negatives), Scripted(speculative=negatives, careful=positives)
     files = [f"{i}.png" for i in range(n)]
-    return activate(vlm, [None] * n, list(range(10, 10 + n)), files, supported, ActivateSettings(max_new_tokens=7, **more))
+    return activate(
+        vlm, [None] * n, list(range(10, 10 + n)), files, supported, ActivateSettings(max_new_tokens=7, **more)
+    )
 
 
 def test_which_images_give_a_pair():
@@ -150,7 +155,13 @@ def test_which_images_give_a_pair():
         "There is a cup with a bowl and a spoon.",  # two wrong objects
         "There is a cup.",  # the same text on both sides
     ]
-    drafts = ["There is a cup with a bowl.", "There is a cup.", "There is a dog.", "There is a cup.", "There is a cup."]
+    drafts = [
+        "There is a cup with a bowl.",
+        "There is a cup.",
+        "There is a dog.",
+        "There is a cup.",
+        "There is a cup.",
+    ]
     cup = frozenset({"cup"})
     pairs = pairs_of(negatives, drafts, [cup, cup, cup, cup, cup], label_source="truth")
     assert pairs["image_id"].tolist() == [10, 13] and pairs["image"].tolist() == ["0.png", "3.png"]
@@ -171,7 +182,9 @@ def test_activate_with_a_real_model(tiny, tiny_world):
     """What a random model happens to name, judged against all that it names under the other prompt."""
     split = tiny_world.split("activate")
     names, features = [f.name for f in split.files], tiny.features(split.files)
-    drafts, negatives = (tiny.generate(features, tiny.prompt(role), 12) for role in ("careful", "speculative"))
+    drafts, negatives = (
+        tiny.generate(features, tiny.prompt(role), 12) for role in ("careful", "speculative")
+    )
     there = [frozenset(said(draft.text)) for draft in drafts]
     pairs = activate(tiny, features, split.ids, names, there, ActivateSettings(max_new_tokens=12))
     want = [i for i in range(6) if drafts[i].text and set(said(negatives[i].text)) - there[i]]

@@ -8,14 +8,23 @@ import pytest
 import torch
 
 from alea_lib.prefix import (
-    Prefix, PrefixSettings, _adversary_loss, blind_logits, embedding_scale, fit_prefix, load_prefix, prefix_evidence,
-    random_prefix, save_prefix,
+    Prefix,
+    PrefixSettings,
+    _adversary_loss,
+    blind_logits,
+    embedding_scale,
+    fit_prefix,
+    load_prefix,
+    prefix_evidence,
+    random_prefix,
+    save_prefix,
 )  # fmt: skip
 from alea_lib.vlm import scored
 
 QUESTIONS = [
     "Please describe this image in detail.", "Is there a cup in the image?", "Is the background blue?",
-    "Please describe only what is clearly visible.", "Is there a dog in the image?", "Is there a bus in the image?",
+    "Please describe only what is clearly visible.", "Is there a dog in the image?",
+    "Is there a bus in the image?",
 ]  # fmt: skip
 
 

@@ -16,7 +16,19 @@ from alea_lib.measures.truth import read_truth
 from alea_lib.worlds.describe import caption, noun, noun_phrase, plural, questions, references
 from alea_lib.worlds.lexicon import load_lexicon
 from alea_lib.worlds.scenes import (
-    GRID, ROLES, SIZE, SPLITS, Scene, Thing, companions, compose, glyph_path, objects, patch_labels, recipe, sample,
+    GRID,
+    ROLES,
+    SIZE,
+    SPLITS,
+    Scene,
+    Thing,
+    companions,
+    compose,
+    glyph_path,
+    objects,
+    patch_labels,
+    recipe,
+    sample,
 )  # fmt: skip
 from alea_lib.worlds.write import World, make_scenes
 
@@ -30,7 +42,11 @@ def named(text):
 
 
 def digests(folder):
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
 
 
 # ---- the recipe
@@ -66,12 +82,20 @@ def test_names_of_contexts_and_colours_are_no_objects():
     """Otherwise a scorer would count the setting of a caption as an object."""
     for context in recipe()["contexts"]:
         for colour in recipe()["contexts"][context]["colours"]:
-            assert named(f"A {context} scene on a {colour} background shows nothing.") == set(), (context, colour)
+            assert named(f"A {context} scene on a {colour} background shows nothing.") == set(), (
+                context,
+                colour,
+            )
 
 
 @pytest.mark.parametrize("category", objects())
 def test_every_name_is_read_as_its_category(category):
-    for text in (noun_phrase(category), noun_phrase(category, 2), f"the {noun(category)}", f"two {plural(category)}"):
+    for text in (
+        noun_phrase(category),
+        noun_phrase(category, 2),
+        f"the {noun(category)}",
+        f"two {plural(category)}",
+    ):
         assert named(f"There is {text}.") == {category}
 
 
@@ -142,7 +166,14 @@ def test_a_later_thing_hides_an_earlier_one():
 
 def test_patch_labels_by_hand():
     """A cup fills the second patch of the first row, a bus the last patch; all else is background."""
-    scene = Scene("test", 0, 0, "kitchen", "blue", (Thing("cup", 0, (16, 0, 16, 16), 0, 1, 1), Thing("bus", 8, (80, 80, 16, 16), 0, 1, 1)))
+    scene = Scene(
+        "test",
+        0,
+        0,
+        "kitchen",
+        "blue",
+        (Thing("cup", 0, (16, 0, 16, 16), 0, 1, 1), Thing("bus", 8, (80, 80, 16, 16), 0, 1, 1)),
+    )
     cover = np.zeros((2, SIZE, SIZE), dtype=np.float32)
     cover[0, 0:16, 16:32] = 1
     cover[1, 80:96, 80:96] = 0.5
@@ -183,7 +214,11 @@ def test_set_completing_annotators_add_planted_absent_companions_alone(index, ro
     for anchor in scene.kinds:
         companion, strength, place = recipe()["companions"][anchor]
         if companion in added and [k for k in scene.kinds if companions()[k] == companion] == [anchor]:
-            where = f" with {noun_phrase(companion)}" if place == "near" else f"There is also {noun_phrase(companion)}."
+            where = (
+                f" with {noun_phrase(companion)}"
+                if place == "near"
+                else f"There is also {noun_phrase(companion)}."
+            )
             assert where in told
 
 
@@ -209,7 +244,12 @@ def test_speculation_adds_more_and_care_less():
     rates = {}
     for role in ROLES:
         rng = np.random.default_rng(1)
-        rates[role] = np.mean([bool(named(caption(sample("train", i), rng, role)) - set(sample("train", i).kinds)) for i in range(600)])
+        rates[role] = np.mean(
+            [
+                bool(named(caption(sample("train", i), rng, role)) - set(sample("train", i).kinds))
+                for i in range(600)
+            ]
+        )
     assert 0.1 < rates["careful"] < rates["plain"] < rates["speculative"]
 
 
@@ -234,7 +274,12 @@ def test_questions_are_answered_truthfully(index):
 
 
 def test_questions_are_half_yes():
-    asked = [a for i in range(500) for q, a in questions(sample("train", i), np.random.default_rng(i)) if "Is there" in q]
+    asked = [
+        a
+        for i in range(500)
+        for q, a in questions(sample("train", i), np.random.default_rng(i))
+        if "Is there" in q
+    ]
     assert abs(np.mean([a == "Yes" for a in asked]) - 0.5) < 4 * 0.5 / len(asked) ** 0.5
 
 
@@ -264,7 +309,14 @@ def test_coco_files_are_well_formed(tiny_world):
             assert len({a["id"] for a in part}) == len(part)
         for a in data["annotations"]:
             x, y, w, h = a["bbox"]
-            assert 0 <= x and 0 <= y and x + w <= SIZE and y + h <= SIZE and a["area"] == w * h and a["iscrowd"] == 0
+            assert (
+                0 <= x
+                and 0 <= y
+                and x + w <= SIZE
+                and y + h <= SIZE
+                and a["area"] == w * h
+                and a["iscrowd"] == 0
+            )
         for image in data["images"]:
             with Image.open(tiny_world.folder / "images" / split / image["file_name"]) as picture:
                 assert picture.size == (image["width"], image["height"]) == (SIZE, SIZE)
@@ -285,7 +337,9 @@ def test_scorers_read_no_set_completing_caption(tiny_world):
     """The annotators' captions differ from the truth, and stand in no file but their own."""
     path = tiny_world.folder / "training" / "captions_set_completed_train.json"
     rows = json.loads(path.read_text())["annotations"]
-    wrong = [r["caption"] for r in rows if named(r["caption"]) - set(sample("train", r["image_id"] - 1).kinds)]
+    wrong = [
+        r["caption"] for r in rows if named(r["caption"]) - set(sample("train", r["image_id"] - 1).kinds)
+    ]
     assert len(rows) == 30 and len(wrong) > 5
     others = [p.read_text() for p in tiny_world.folder.rglob("*.json") if p != path]
     assert len(others) >= 10
@@ -305,7 +359,9 @@ def test_pope_files_are_half_yes_and_truthful(tiny_world):
         for row in table.itertuples():
             (kind,) = named(row.text)
             assert row.text == f"Is there {noun_phrase(kind)} in the image?"
-            assert (row.label == "yes") == (kind in truth[row.image_id]) and truth.file_names[row.image_id] == row.image
+            assert (row.label == "yes") == (kind in truth[row.image_id]) and truth.file_names[
+                row.image_id
+            ] == row.image
     no = {s: t.loc[t["label"] == "no", ["image_id", "text"]].values.tolist() for s, t in asked.items()}
     assert no["random"] != no["popular"] != no["adversarial"]
 

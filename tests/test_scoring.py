@@ -67,7 +67,10 @@ def test_a_method_rows_hold_differences(tiny, study, changed):
             change = mine[benchmark, setting, plain] - theirs[benchmark, setting, plain]
             assert value == pytest.approx(change, abs=1e-9), metric
     assert ("chair", "max6", "frontier_gap") in mine.index
-    for benchmark, setting, metric in [("pope", "all", "pope_accuracy"), ("grounding", "answer", "attn_last_max")]:
+    for benchmark, setting, metric in [
+        ("pope", "all", "pope_accuracy"),
+        ("grounding", "answer", "attn_last_max"),
+    ]:
         assert (benchmark, setting, f"{metric}_diff") in mine.index
 
 
@@ -82,21 +85,30 @@ def test_truncated_rows_lack_what_is_not_defined(study):
     _, truth, _, base = study
     found = truncated(base.captions, truth, 6)
     assert set(found.items["benchmark"]) == {"chair"}
-    assert found.notes["metric"].tolist() == ["pope_*", "attn_*"] and found.notes["reason"].str.len().min() > 20
+    assert (
+        found.notes["metric"].tolist() == ["pope_*", "attn_*"] and found.notes["reason"].str.len().min() > 20
+    )
     rows = check_metrics(score_rows(found, base, truth, method="truncation", **KEYS))
     assert not rows["metric"].str.startswith(("pope", "attn")).any()
     assert {"chair_s", "chair_s_diff", "frontier_gap"} <= set(rows["metric"])
 
 
-TRUTH = Truth({i: frozenset({"cup", "bowl"}) for i in range(1, 5)}, {}, {i: f"{i}.png" for i in range(1, 5)}, "singularise")
+TRUTH = Truth(
+    {i: frozenset({"cup", "bowl"}) for i in range(1, 5)},
+    {},
+    {i: f"{i}.png" for i in range(1, 5)},
+    "singularise",
+)
 
 
 def table(*texts):
-    return pd.DataFrame({"image_id": range(1, 5), "caption": texts, "n_tokens": 5, "eos": [True, True, True, False]})
+    return pd.DataFrame(
+        {"image_id": range(1, 5), "caption": texts, "n_tokens": 5, "eos": [True, True, True, False]}
+    )
 
 
 def test_signs_by_hand():
-    """The method drops the hallucinated dog and says one thing less: CHAIR falls, so its difference is negative."""
+    """The method drops the hallucinated dog: CHAIR falls, so its difference is negative."""
     base = truncated(table(*["There is a cup with a bowl and a dog."] * 4), TRUTH, 64)
     method = truncated(table(*["There is a cup with a bowl."] * 3, "There is a cup with a dog."), TRUTH, 64)
     rows = score_rows(method, base, TRUTH, method="alea-mixed", **KEYS).set_index("metric")
@@ -108,13 +120,22 @@ def test_signs_by_hand():
     assert rows.loc["eos_rate", "value"] == 0.75 and rows.loc["eos_rate_diff", "value"] == 0
     # cut to no sentence at all the base has CHAIRs 0 at recall 0, whole 1 at 1; at recall 7/8 it has 7/8
     assert rows.loc["frontier_gap", "value"] == pytest.approx(7 / 8 - 1 / 4)
-    assert (rows["n"] == 4).all() and (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
+    assert (
+        (rows["n"] == 4).all() and (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
+    )
 
 
 def test_truncation_drops_the_last_sentence():
-    base = table("There is a cup. There is a dog.", "There is a cup.", "There is a cup. It is big. There is a dog.", "")
+    base = table(
+        "There is a cup. There is a dog.", "There is a cup.", "There is a cup. It is big. There is a dog.", ""
+    )
     found = truncated(base, TRUTH, 64)
-    assert found.captions["caption"].tolist() == ["There is a cup.", "There is a cup.", "There is a cup. It is big.", ""]
+    assert found.captions["caption"].tolist() == [
+        "There is a cup.",
+        "There is a cup.",
+        "There is a cup. It is big.",
+        "",
+    ]
 
 
 def test_evaluated_round_trip(study, tmp_path):

@@ -7,7 +7,9 @@ from alea_lib.taps import SilentTap, full_weight, read_attention, read_layers, r
 
 
 def forward(tiny, batch, **options):
-    return tiny.language_model(inputs_embeds=tiny.embed(batch), attention_mask=batch.mask, use_cache=False, **options)
+    return tiny.language_model(
+        inputs_embeds=tiny.embed(batch), attention_mask=batch.mask, use_cache=False, **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +19,9 @@ def batch(tiny, seen, told):
 
 def ours(model):
     """Hooks that this library set and has not taken away, and forwards it replaced."""
-    found = [h for m in model.modules() for h in m._forward_hooks.values() if h.__module__.startswith("alea_lib")]
+    found = [
+        h for m in model.modules() for h in m._forward_hooks.values() if h.__module__.startswith("alea_lib")
+    ]
     return found + [m for m in model.modules() if "forward" in m.__dict__]
 
 
@@ -125,7 +129,10 @@ def test_replacing_is_undone_after_an_exception(tiny):
 
 def test_replacing_what_is_not_there(tiny):
     good = {tiny.address("down_proj", 0): torch.zeros(64, 128)}
-    with pytest.raises(KeyError, match="no module 'nowhere'.*down_proj"), replaced_linear(tiny, {**good, "nowhere": good}):
+    with (
+        pytest.raises(KeyError, match="no module 'nowhere'.*down_proj"),
+        replaced_linear(tiny, {**good, "nowhere": good}),
+    ):
         pass
     wrong = {tiny.address("down_proj", 1): torch.zeros(128, 64)}
     with pytest.raises(ValueError, match="64 x 128.*128, 64"), replaced_linear(tiny, {**good, **wrong}):

@@ -42,8 +42,8 @@ def test_a_claim_of_no_loss(lo, hi, said):
 def row(metric, benchmark, method, value, lo, hi, **more):
     setting = "all" if benchmark == "pope" else "max64"
     prompt = "" if benchmark == "pope" else "plain"
-    return {"metric": metric, "benchmark": benchmark, "method": method, "value": value, "lo": lo, "hi": hi, "n": 100,
-            "setting": setting, "prompt": prompt, "model": "scenes-natural", **more}  # fmt: skip
+    return {"metric": metric, "benchmark": benchmark, "method": method, "value": value, "lo": lo, "hi": hi,
+            "n": 100, "setting": setting, "prompt": prompt, "model": "scenes-natural", **more}  # fmt: skip
 
 
 def all_rows():

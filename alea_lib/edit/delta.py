@@ -44,6 +44,11 @@ def weight_hash(weight: torch.Tensor) -> str:
     return hashlib.sha256(weight.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
+def hash_text(texts: list[str]) -> str:
+    """sha256 of a list of texts, first 16 hex digits."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+
+
 def delta_of(vlm: VLM, weights: dict[str, torch.Tensor], info: dict) -> Delta:
     """New weights minus the model's own."""
     own = {name: full_weight(vlm, name) for name in weights}
@@ -79,7 +84,7 @@ def _check(vlm: VLM, delta: Delta, name: str) -> None:
         raise WrongBase(f"{vlm.key} has no module {name!r}: the delta was computed on {delta.info.get('model')}") from error
     if weight.dtype == torch.uint8:
         raise RuntimeError(f"{name} is stored in 4 bits, where a small change is lost in rounding; load the model with "
-                           f"full_precision=({name!r},)")
+                           f"its layer among edited_layers")
     if weight_hash(weight) != delta.base[name]:
         raise WrongBase(f"{name} of {vlm.key} is not the weight that this delta was computed on "
                         f"({delta.info.get('model')}); load that model, undo other edits first")

@@ -16,7 +16,7 @@ from .. import checkpoint
 from ..prefix import Prefix
 from ..taps import full_weight, replaced_linear
 from ..vlm import VLM, Batch, scored
-from .delta import Delta, delta_of
+from .delta import Delta, delta_of, hash_text, weight_hash
 from .settings import EditSettings
 
 
@@ -40,7 +40,7 @@ def fit_edit(vlm: VLM, features: torch.Tensor, positives: list[str], prefix: Pre
     reference = base_states(vlm, features, positives, settings)
     order = schedule(len(positives), settings)
     per_epoch = len(order) // settings.epochs
-    tag = json.dumps(asdict(settings))
+    tag = json.dumps([asdict(settings), hash_text(positives), {n: weight_hash(w) for n, w in masters.items()}])
     done = checkpoint.resume(checkpoint_path, masters, optimiser, tag) if checkpoint_path else 0
     curve = []
     for step in tqdm(range(done, len(order)), desc="edit", initial=done, total=len(order)):
@@ -52,7 +52,9 @@ def fit_edit(vlm: VLM, features: torch.Tensor, positives: list[str], prefix: Pre
         curve.append({"step": step, "prefixed": prefixed, **row})
         if checkpoint_path and (step + 1) % per_epoch == 0:
             checkpoint.save(checkpoint_path, step + 1, masters, optimiser, tag)
-    return delta_of(vlm, masters, {"edit": asdict(settings)}), pd.DataFrame(curve)
+    if not all(w.isfinite().all() for w in masters.values()):
+        raise FloatingPointError(f"the edit's last step left weights that are not finite; lower lr ({settings.lr})")
+    return delta_of(vlm, masters, {"edit": asdict(settings)}), pd.DataFrame(curve, columns=["step", "prefixed", "nll", "kl"])
 
 
 def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
@@ -62,7 +64,7 @@ def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
         shuffled = np.random.default_rng([settings.seed, 2, epoch]).permutation(n)
         out += np.array_split(shuffled, max(1, round(n / settings.batch)))
     share = settings.prefix_share
-    return [(pick, int((i + 1) * share) > int(i * share)) for i, pick in enumerate(out)]
+    return [(pick, int((i + 1) * share + 1e-9) > int(i * share + 1e-9)) for i, pick in enumerate(out)]
 
 
 @torch.no_grad()

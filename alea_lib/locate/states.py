@@ -11,7 +11,7 @@ from ..vlm import VLM
 
 @torch.no_grad()
 def answer_states(vlm: VLM, features: torch.Tensor, question: str, answers: list[str], batch_size: int = 50) -> torch.Tensor:
-    """Mean over the answer's own tokens of each layer's output, [N, L, D].
+    """Mean over the answer's own tokens (EOS included) of each layer's output, [N, L, D].
 
     Padding, prompt and image positions are never counted; states are taken before the final norm. Memory is bounded
     by the batch.

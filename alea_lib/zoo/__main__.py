@@ -63,12 +63,12 @@ def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
         return
     tower = vision.train_tower(tower_settings, folder / "tower")
     features = folder / "features.safetensors"
-    s = language.LanguageSettings(seed=seed, prior=part != "clean", steps=round(2000 * scale))
+    s = language.LanguageSettings(seed=seed, prior=part != "clean", steps=round(1300 * scale))
     if part == "features" and not features.is_file():
         save_file({"features": language.tower_features(tower, "train", range(s.scenes))}, features)
     elif part in ("natural", "clean"):
         vlm = language.build(tower, s, tower_settings.patch)
-        language.train_language(vlm, load_file(features)["features"], s, folder / part)
+        language.train_language(vlm, tower, load_file(features)["features"], s, folder / part)
         vlm.model.half().save_pretrained(folder / part / "model")
         vlm.processor.save_pretrained(folder / part / "model")
         (folder / part / "settings.json").write_text(json.dumps(asdict(s), indent=1))

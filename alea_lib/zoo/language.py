@@ -17,7 +17,7 @@ from .. import checkpoint
 from ..families import FAMILIES
 from ..vlm import VLM, Batch
 from ..worlds.describe import caption, questions
-from ..worlds.scenes import ROLES, compose, sample
+from ..worlds.scenes import ROLES, compose, objects, sample
 from .text import build_processor
 from .vision import Tower, one_cycle
 
@@ -35,11 +35,12 @@ class LanguageSettings:
     layers: int = 6
     heads: int = 6
     scenes: int = 14_000
-    steps: int = 2000
-    batch: int = 32
+    steps: int = 1300
+    captions: int = 16  # sequences with a caption in a batch
+    dialogues: int = 16  # sequences with questions in a batch
+    turns: int = 8  # questions of a dialogue
     lr: float = 1.5e-3
-    question_share: float = 0.25 # of the sequences
-    question_weight: float = 3.0  # of an answer token beside a caption's
+    align: float = 0.1  # weight of the alignment of projected patches with the word that names them
 
 
 def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
@@ -60,6 +61,9 @@ def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(theirs[name.removeprefix("vision_model.")])
+        for layer in model.model.language_model.layers[:2]:  # attention starts by similarity: queries equal keys
+            layer.self_attn.q_proj.weight.mul_(3.0)
+            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     for key, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 3)):
         setattr(model.generation_config, key, value)
     return VLM(model, processor, FAMILIES["llava-small"], "training")
@@ -82,38 +86,57 @@ def training_text(index: int, step: int, s: LanguageSettings, asked: bool) -> li
     rng = np.random.default_rng([s.seed, 9, step, index])
     scene = sample("train", index)
     if asked:
-        return questions(scene, rng, 4)
+        return questions(scene, rng, s.turns)
     role = str(rng.choice(ROLES, p=ROLE_P))
     return [(FAMILIES["llava-small"].prompts[role], caption(scene, rng, role if s.prior else None))]
 
 
-def collate(vlm: VLM, features: torch.Tensor, turns: list[list[tuple[str, str]]], weight: float) -> tuple[Batch, torch.Tensor]:
-    """Multi-turn sequences: the first turn has the image; each answer ends with EOS. Returns batch, token weights."""
+def collate(vlm: VLM, features: torch.Tensor, turns: list[list[tuple[str, str]]]) -> Batch:
+    """Multi-turn sequences: the first turn has the image; each answer ends with EOS."""
     rows = [_turn_ids(vlm, features.shape[1], t) for t in turns]
     width = max(len(ids) for ids, _ in rows)
     ids = torch.full((len(rows), width), vlm.tokenizer.pad_token_id)
-    mask, labels, weights = torch.zeros_like(ids), torch.full_like(ids, -100), torch.zeros(ids.shape)
-    for i, (row, scored) in enumerate(rows):
-        row, scored = torch.tensor(row), torch.tensor(scored)
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-        labels[i, : len(row)] = torch.where(scored, row, -100)
-        weights[i] = weight if len(turns[i]) > 1 else 1.0
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for i, (row, wanted) in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+        labels[i, : len(row)] = torch.tensor(wanted)
     nowhere = torch.zeros(len(rows), dtype=torch.int64)  # no prefix is put into training sequences
-    return Batch(ids, mask, labels, features, nowhere, nowhere), weights
+    return Batch(ids, mask, labels, features, nowhere, nowhere)
 
 
-def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[list[int], list[bool]]:
-    ids, scored = [], []
+def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[list[int], list[int]]:
+    """Ids and labels. In a dialogue Yes or No is wanted from the question's last noun on, not only at its end, so
+    that the gradient reaches the place where the word is met."""
+    ids, labels = [], []
     for i, (question, answer) in enumerate(turns):
         prompt = (vlm._prompt_ids(question, n_image) if i == 0 else
                   vlm.tokenizer(f"USER: {question} ASSISTANT:", add_special_tokens=False)["input_ids"])
         reply = vlm._answer_ids(answer, eos=True)
+        early = 0
+        if len(turns) > 1:
+            end = " in the image? ASSISTANT:" if question.endswith("in the image?") else "? ASSISTANT:"
+            early = len(vlm.tokenizer(end, add_special_tokens=False)["input_ids"])
         ids += prompt + reply
-        scored += [False] * len(prompt) + [True] * len(reply)
-    return ids, scored
+        labels += [-100] * (len(prompt) - early) + [reply[0]] * early + reply
+    return ids, labels
 
 
-def train_language(vlm: VLM, features: torch.Tensor, s: LanguageSettings, folder: Path, log_every: int = 100) -> None:
+def word_pieces(vlm: VLM) -> list[list[int]]:
+    """Token ids of each category's name, in the order of ``objects()``."""
+    return [vlm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in objects()]
+
+
+def alignment_loss(vlm: VLM, tower: Tower, features: torch.Tensor, projected: torch.Tensor, pieces: list[list[int]]) -> torch.Tensor:
+    """Cross-entropy of a projected patch's cosine with the words, against what the tower says that it shows."""
+    with torch.no_grad():
+        label = tower.patches(features).argmax(-1) - 1
+    front = label >= 0
+    table = vlm.model.get_input_embeddings().weight
+    words = F.normalize(torch.stack([table[p].mean(0) for p in pieces]), dim=-1)
+    return F.cross_entropy(F.normalize(projected[front], dim=-1) @ words.T / 0.1, label[front])
+
+
+def train_language(vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSettings, folder: Path, log_every: int = 100) -> None:
     """Train in place, with a checkpoint and a logged curve; a run that was cut off goes on where it was."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {n: p for n, p in vlm.model.named_parameters() if "vision_tower" not in n}
@@ -123,35 +146,42 @@ def train_language(vlm: VLM, features: torch.Tensor, s: LanguageSettings, folder
     done = checkpoint.resume(folder / "checkpoint.safetensors", parameters, optimiser, tag=json.dumps(asdict(s)))
     for _ in range(done):
         schedule.step()
-    started, total = time.time(), 0.0
-    with (folder / "language.jsonl").open("a" if done else "w") as log:
+    path = folder / "language.jsonl"
+    kept = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= done] if done else []
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    started = time.time() - (kept[-1]["seconds"] if kept else 0.0)
+    pieces, total = word_pieces(vlm), np.zeros(3)
+    with path.open("a") as log:
         for step in range(done, s.steps):
-            total += _step(vlm, features, s, step, parameters, optimiser)
+            total += _step(vlm, tower, features, s, step, parameters, optimiser, pieces)
             schedule.step()
             if (step + 1) % log_every == 0:
-                row = {"step": step + 1, "loss": round(total / log_every, 5), "seconds": round(time.time() - started, 1)}
+                caption_loss, answer_loss, align = (total / log_every).round(5).tolist()
+                row = {"step": step + 1, "loss": caption_loss, "answers": answer_loss, "align": align,
+                       "seconds": round(time.time() - started, 1)}
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(folder.name, row, flush=True)
-                total = 0.0
-            if (step + 1) % (5 * log_every) == 0:
+                total[:] = 0.0
                 checkpoint.save(folder / "checkpoint.safetensors", step + 1, parameters, optimiser, json.dumps(asdict(s)))
     vlm.model.requires_grad_(False)
 
 
-def _step(vlm: VLM, features: torch.Tensor, s: LanguageSettings, step: int, parameters: dict, optimiser) -> float:
+def _step(vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSettings, step: int, parameters: dict, optimiser,
+          pieces: list[list[int]]) -> np.ndarray:
+    """One step on captions and dialogues (two passes: their lengths differ). Returns the three losses."""
     rng = np.random.default_rng([s.seed, 8, step])
-    indices = rng.integers(0, len(features), s.batch)
-    asked = np.arange(s.batch) < round(s.question_share * s.batch)
-    turns = [training_text(int(i), step, s, bool(a)) for i, a in zip(indices, asked)]
-    projected = vlm.model.model.multi_modal_projector(features[torch.as_tensor(indices)].float())
-    batch, weights = collate(vlm, projected, turns, s.question_weight)
-    targets = batch.targets
-    loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][targets[:, :-1]], reduction="none")
-    weight = weights[:, 1:][targets[:, :-1]]
-    loss = (loss * weight).sum() / weight.sum()
+    losses = []
     optimiser.zero_grad()
-    loss.backward()
+    for asked, n in ((False, s.captions), (True, s.dialogues)):
+        indices = rng.integers(0, len(features), n)
+        seen = features[torch.as_tensor(indices)].float()
+        projected = vlm.model.model.multi_modal_projector(seen)
+        batch = collate(vlm, projected, [training_text(int(i), step, s, asked) for i in indices])
+        loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][batch.targets[:, :-1]])
+        align = alignment_loss(vlm, tower, seen, projected, pieces)
+        (loss + s.align * align).backward()
+        losses.append(loss.item())
     nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     optimiser.step()
-    return loss.item()
+    return np.array([*losses, align.item()])
