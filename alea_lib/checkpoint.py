@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 
 
-def save(path: Path, step: int, parameters: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, tag: str = "") -> None:
+def save(
+    path: Path, step: int, parameters: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, tag: str = ""
+) -> None:
     """Write a checkpoint after ``step`` steps. ``tag`` names the settings: another tag is never resumed."""
     tensors = {f"weight.{n}": p.detach().contiguous() for n, p in parameters.items()}
     for name, p in parameters.items():

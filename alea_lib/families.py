@@ -43,12 +43,27 @@ class Family:
 
 
 FAMILIES = {
-    "llava": Family("llava", "llava", PROMPTS, "model.language_model", "model.language_model.layers.{i}",
-                    "model.language_model.layers.{i}.mlp.down_proj", "model.language_model.layers.{i}.self_attn.o_proj",
-                    "lm_head", "\nAnswer the question using a single word or phrase."),
-    "llava-small": Family("llava-small", "llava", PROMPTS_SMALL, "model.language_model", "model.language_model.layers.{i}",
-                          "model.language_model.layers.{i}.mlp.down_proj",
-                          "model.language_model.layers.{i}.self_attn.o_proj", "lm_head"),
+    "llava": Family(
+        "llava",
+        "llava",
+        PROMPTS,
+        "model.language_model",
+        "model.language_model.layers.{i}",
+        "model.language_model.layers.{i}.mlp.down_proj",
+        "model.language_model.layers.{i}.self_attn.o_proj",
+        "lm_head",
+        "\nAnswer the question using a single word or phrase.",
+    ),
+    "llava-small": Family(
+        "llava-small",
+        "llava",
+        PROMPTS_SMALL,
+        "model.language_model",
+        "model.language_model.layers.{i}",
+        "model.language_model.layers.{i}.mlp.down_proj",
+        "model.language_model.layers.{i}.self_attn.o_proj",
+        "lm_head",
+    ),
 }
 
 
@@ -57,5 +72,7 @@ def family(model_type: str, small: bool) -> Family:
     for row in FAMILIES.values():
         if row.model_type == model_type and (row.prompts is PROMPTS_SMALL) == small:
             return row
-    raise KeyError(f"no family row for model type {model_type!r}; there are "
-                   f"{sorted({r.model_type for r in FAMILIES.values()})}: add a row to alea_lib/families.py")
+    raise KeyError(
+        f"no family row for model type {model_type!r}; there are "
+        f"{sorted({r.model_type for r in FAMILIES.values()})}: add a row to alea_lib/families.py"
+    )

@@ -20,8 +20,9 @@ METHODS = {  # colour and marker of each method, the same on every page
     "alea-corrected": ("#D55E00", "D"), "alea-mixed": ("#009E73", "P"),
 }  # fmt: skip
 METRIC_LABELS = {
-    "chair_s": "CHAIRs (captions with a wrong object)", "chair_i": "CHAIRi (wrong mentions)", "recall": "recall of objects",
-    "words": "words", "objects_per_caption": "objects a caption", "pope_accuracy": "POPE accuracy", "pope_f1": "POPE F1",
+    "chair_s": "CHAIRs (wrong captions)", "chair_i": "CHAIRi (wrong mentions)", "recall": "recall of objects",
+    "words": "words", "objects_per_caption": "objects a caption", "pope_accuracy": "POPE accuracy",
+    "pope_f1": "POPE F1",
     "attn_all_mean": "image attention, all layers", "attn_last_mean": "image attention, last layer",
     "attn_last_max": "image attention, last layer, max", "frontier_gap": "gap to the truncation frontier",
 }  # fmt: skip
@@ -29,12 +30,25 @@ METRIC_LABELS = {
 
 def style() -> None:
     """Set the style of all figures; call once at the top of a notebook."""
-    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind",
-                  rc={"figure.dpi": 110, "savefig.bbox": "tight", "axes.titlelocation": "left", "axes.titleweight": "bold",
-                      "font.size": 10, "axes.titlesize": 11, "figure.constrained_layout.use": True})
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        palette="colorblind",
+        rc={
+            "figure.dpi": 110,
+            "savefig.bbox": "tight",
+            "axes.titlelocation": "left",
+            "axes.titleweight": "bold",
+            "font.size": 10,
+            "axes.titlesize": 11,
+            "figure.constrained_layout.use": True,
+        },
+    )
 
 
-def gallery(images: Sequence, captions: Sequence[str], truth: Sequence[frozenset] | None = None, columns: int = 4) -> Figure:
+def gallery(
+    images: Sequence, captions: Sequence[str], truth: Sequence[frozenset] | None = None, columns: int = 4
+) -> Figure:
     """Pictures with their captions; with ``truth`` wrong objects are written in [BRACKETS AND CAPITALS]."""
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 3.7 * rows), squeeze=False)
@@ -42,7 +56,14 @@ def gallery(images: Sequence, captions: Sequence[str], truth: Sequence[frozenset
         axis.axis("off")
     for i, (axis, image, text) in enumerate(zip(axes.flat, images, captions)):
         axis.imshow(image, interpolation="nearest")
-        axis.set_title(fill(mark(text, truth[i]) if truth else text, 36), fontsize=8, fontweight="normal", loc="left", y=-0.02, va="top")
+        axis.set_title(
+            fill(mark(text, truth[i]) if truth else text, 36),
+            fontsize=8,
+            fontweight="normal",
+            loc="left",
+            y=-0.02,
+            va="top",
+        )
     return figure
 
 
@@ -74,12 +95,21 @@ def companion_graph(edges: pd.DataFrame) -> Figure:
         axis.axis("off")
         axis.set_title(f"{strength} ({len(part)})")
         for i, edge in part.iterrows():
-            axis.text(0, 1 - (i + 1) / 23, f"{edge['anchor']} → {edge['companion']}", fontsize=8, transform=axis.transAxes)
+            axis.text(
+                0, 1 - (i + 1) / 23, f"{edge['anchor']} → {edge['companion']}", fontsize=8, transform=axis.transAxes
+            )
     return figure
 
 
-def intervals(table: pd.DataFrame, value: str = "value", label: str = "label", group: str | None = None, title: str = "",
-              xlabel: str = "", zero: bool = False) -> Figure:
+def intervals(
+    table: pd.DataFrame,
+    value: str = "value",
+    label: str = "label",
+    group: str | None = None,
+    title: str = "",
+    xlabel: str = "",
+    zero: bool = False,
+) -> Figure:
     """Points with their 95 % intervals (columns value, lo, hi, label), one line each; colours by ``group``."""
     groups = list(dict.fromkeys(table[group])) if group else [None]
     names = list(dict.fromkeys(table[label]))
@@ -105,8 +135,12 @@ def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str) -> Figure:
     names = list(dict.fromkeys(scores["locator"]))
     figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.0), squeeze=False, sharey=True)
     for axis, name in zip(axes.flat, names):
-        part = scores[scores["locator"] == name].assign(score=lambda t: t["score"] / t.groupby("layer")["score"].mean().max())
-        sns.lineplot(part, x="layer", y="score", errorbar=("ci", 95), n_boot=500, seed=0, marker="o", ax=axis, color="#0072B2")
+        part = scores[scores["locator"] == name].assign(
+            score=lambda t: t["score"] / t.groupby("layer")["score"].mean().max()
+        )
+        sns.lineplot(
+            part, x="layer", y="score", errorbar=("ci", 95), n_boot=500, seed=0, marker="o", ax=axis, color="#0072B2"
+        )
         axis.set(title=name, xlabel="layer", ylabel="score / largest mean")
         axis.set_xticks(sorted(part["layer"].unique()))
     for layer in chosen:
@@ -115,13 +149,22 @@ def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str) -> Figure:
     return figure
 
 
-def curves(table: pd.DataFrame, x: str, columns: dict[str, str], title: str, window: int = 1, hue: str | None = None) -> Figure:
+def curves(
+    table: pd.DataFrame, x: str, columns: dict[str, str], title: str, window: int = 1, hue: str | None = None
+) -> Figure:
     """Training curves: one panel a column of the table (column -> label), moving mean over ``window`` rows."""
     figure, axes = plt.subplots(1, len(columns), figsize=(3.7 * len(columns), 2.9), squeeze=False)
     for axis, (column, label) in zip(axes.flat, columns.items()):
         for i, (name, part) in enumerate(table.groupby(hue, sort=False) if hue else [(None, table)]):
             smooth = part[column].rolling(window, min_periods=1).mean()
-            axis.plot(part[x], smooth, lw=1.6, ls=["-", "--", ":"][i % 3], label=name, color=sns.color_palette("colorblind")[i])
+            axis.plot(
+                part[x],
+                smooth,
+                lw=1.6,
+                ls=["-", "--", ":"][i % 3],
+                label=name,
+                color=sns.color_palette("colorblind")[i],
+            )
         axis.set(xlabel=x, title=label)
         if hue:
             axis.legend(frameon=False)
@@ -152,9 +195,18 @@ def frontier_plane(frontier: pd.DataFrame, points: pd.DataFrame, title: str) -> 
     axis.fill_between(line["recall"], line["chair_s_lo"], line["chair_s_hi"], color="0.6", alpha=0.3, zorder=0)
     for _, p in points.iterrows():
         colour, marker = METHODS.get(p["method"], ("#CC79A7", "v"))
-        axis.errorbar(p["recall"], p["chair_s"], fmt=marker, color=colour, capsize=2, markersize=8, label=p["method"], zorder=3,
-                      xerr=[[p["recall"] - p["recall_lo"]], [p["recall_hi"] - p["recall"]]],
-                      yerr=[[p["chair_s"] - p["chair_s_lo"]], [p["chair_s_hi"] - p["chair_s"]]])
+        axis.errorbar(
+            p["recall"],
+            p["chair_s"],
+            fmt=marker,
+            color=colour,
+            capsize=2,
+            markersize=8,
+            label=p["method"],
+            zorder=3,
+            xerr=[[p["recall"] - p["recall_lo"]], [p["recall_hi"] - p["recall"]]],
+            yerr=[[p["chair_s"] - p["chair_s_lo"]], [p["chair_s_hi"] - p["chair_s"]]],
+        )
     axis.set(xlabel="recall of objects", ylabel="CHAIRs: captions with a wrong object", title=title)
     axis.set_xlim(left=max(0, points["recall"].min() - 0.25))
     axis.legend(frameon=False, loc="upper left")
@@ -168,7 +220,11 @@ def points(items: dict[str, pd.DataFrame]) -> pd.DataFrame:
         summary = summarise(table[table["metric"].isin(["chair_s", "recall"])]).set_index("metric")
         row = {"method": method}
         for metric in ("chair_s", "recall"):
-            row |= {metric: summary.loc[metric, "value"], f"{metric}_lo": summary.loc[metric, "lo"], f"{metric}_hi": summary.loc[metric, "hi"]}
+            row |= {
+                metric: summary.loc[metric, "value"],
+                f"{metric}_lo": summary.loc[metric, "lo"],
+                f"{metric}_hi": summary.loc[metric, "hi"],
+            }
         rows.append(row)
     return pd.DataFrame(rows).drop_duplicates("method")
 

@@ -28,8 +28,14 @@ class ActivateSettings:
     family: str = "singularise"
 
 
-def activate(vlm: VLM, features, image_ids: list[int], files: list[str], supported: list[frozenset[str]],
-             settings: ActivateSettings = ActivateSettings()) -> pd.DataFrame:
+def activate(
+    vlm: VLM,
+    features,
+    image_ids: list[int],
+    files: list[str],
+    supported: list[frozenset[str]],
+    settings: ActivateSettings = ActivateSettings(),
+) -> pd.DataFrame:
     """Pairs, one row an image whose negative names something unsupported and whose positive is not empty.
 
     ``supported``: the categories that the detector (or the truth) says are in each image. Columns: image_id, image,
@@ -43,12 +49,23 @@ def activate(vlm: VLM, features, image_ids: list[int], files: list[str], support
         wrong = sorted({m.category for m in mentions(negative.text, settings.family)} - supported[i])
         positive = keep_supported(draft.text, supported[i], settings.family)
         if wrong and positive and positive != negative.text:
-            rows.append({"image_id": image_ids[i], "image": files[i], "positive": positive, "negative": negative.text,
-                         "wrong": wrong, "label_source": settings.label_source,
-                         "prompt_negative": settings.negative_prompt, "prompt_positive": settings.positive_prompt})
+            rows.append(
+                {
+                    "image_id": image_ids[i],
+                    "image": files[i],
+                    "positive": positive,
+                    "negative": negative.text,
+                    "wrong": wrong,
+                    "label_source": settings.label_source,
+                    "prompt_negative": settings.negative_prompt,
+                    "prompt_positive": settings.positive_prompt,
+                }
+            )
     if not rows:
-        raise ValueError(f"no pair among {len(image_ids)} images: no negative answer names an unsupported object; "
-                         "use more images or a model that hallucinates")
+        raise ValueError(
+            f"no pair among {len(image_ids)} images: no negative answer names an unsupported object; "
+            "use more images or a model that hallucinates"
+        )
     return pd.DataFrame(rows)
 
 

@@ -69,7 +69,9 @@ def random_prefix(vlm: VLM, settings: PrefixSettings) -> Prefix:
     return Prefix((rows / rows.norm(dim=-1, keepdim=True) * embedding_scale(vlm)).to(vlm.device), settings.place)
 
 
-def fit_prefix(vlm: VLM, features: torch.Tensor, negatives: list[str], settings: PrefixSettings) -> tuple[Prefix, pd.DataFrame]:
+def fit_prefix(
+    vlm: VLM, features: torch.Tensor, negatives: list[str], settings: PrefixSettings
+) -> tuple[Prefix, pd.DataFrame]:
     """Tune a prefix until the hallucinated answers are likely and the image hardly matters.
 
     Returns the prefix and its curve (step, nll, neglect). The model is not touched.
@@ -82,12 +84,16 @@ def fit_prefix(vlm: VLM, features: torch.Tensor, negatives: list[str], settings:
     limit = settings.norm * embedding_scale(vlm)
     curve = []
     for step in tqdm(range(settings.steps), desc="prefix"):
-        pick = np.random.default_rng([settings.seed, 1, step]).choice(len(negatives), min(settings.batch, len(negatives)), replace=False)
+        pick = np.random.default_rng([settings.seed, 1, step]).choice(
+            len(negatives), min(settings.batch, len(negatives)), replace=False
+        )
         batch = vlm.encode(features[torch.as_tensor(pick)], vlm.prompt(settings.prompt), [negatives[i] for i in pick])
         nll, neglect = _adversary_loss(vlm, batch, replace(start, rows=rows), settings.neglect)
         loss = nll + settings.neglect * neglect
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm")
+            raise FloatingPointError(
+                f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm"
+            )
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -117,8 +123,14 @@ def blind_logits(vlm: VLM, batch: Batch, embeds: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def prefix_evidence(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, prefix: Prefix, settings: PrefixSettings,
-                    batch_size: int = 50) -> pd.DataFrame:
+def prefix_evidence(
+    vlm: VLM,
+    features: torch.Tensor,
+    pairs: pd.DataFrame,
+    prefix: Prefix,
+    settings: PrefixSettings,
+    batch_size: int = 50,
+) -> pd.DataFrame:
     """What a prefix does on pairs, beside none and a random one of equal norm.
 
     Rows: none, random, tuned. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
@@ -137,8 +149,17 @@ def prefix_evidence(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, prefi
                 nll, effect, n = _effects(vlm, batch, each)
                 sums[2 * i : 2 * i + 2] += nll, n
                 sums[4] += effect if column == "positive" else 0.0
-        rows.append({"prefix": name, "nll_negative": sums[0] / sums[1], "nll_positive": sums[2] / sums[3],
-                     "image_effect": sums[4] / sums[3], "n": len(pairs)} if len(pairs) else {"prefix": name})
+        rows.append(
+            {
+                "prefix": name,
+                "nll_negative": sums[0] / sums[1],
+                "nll_positive": sums[2] / sums[3],
+                "image_effect": sums[4] / sums[3],
+                "n": len(pairs),
+            }
+            if len(pairs)
+            else {"prefix": name}
+        )
     return pd.DataFrame(rows).set_index("prefix")
 
 

@@ -14,19 +14,36 @@ from .worlds.write import Split
 ATTENTION = ("attn_last_max", "attn_last_mean", "attn_all_mean")
 
 
-def captions(vlm: VLM, split: Split, features: torch.Tensor, prompt: str = "plain", max_new_tokens: int = 64,
-             prefix=None, **options) -> pd.DataFrame:
+def captions(
+    vlm: VLM,
+    split: Split,
+    features: torch.Tensor,
+    prompt: str = "plain",
+    max_new_tokens: int = 64,
+    prefix=None,
+    **options,
+) -> pd.DataFrame:
     """Captions of a split: image_id, caption, n_tokens, eos."""
-    answers = vlm.generate(features, vlm.prompt(prompt), max_new_tokens, prefix=prefix, progress=f"captions {prompt}", **options)
+    answers = vlm.generate(
+        features, vlm.prompt(prompt), max_new_tokens, prefix=prefix, progress=f"captions {prompt}", **options
+    )
     return _answer_table(split.ids, answers)
 
 
 def _answer_table(ids: list[int], answers: list[Answer]) -> pd.DataFrame:
-    return pd.DataFrame({"image_id": ids, "caption": [a.text for a in answers], "n_tokens": [a.n_tokens for a in answers],
-                         "eos": [a.eos for a in answers]})
+    return pd.DataFrame(
+        {
+            "image_id": ids,
+            "caption": [a.text for a in answers],
+            "n_tokens": [a.n_tokens for a in answers],
+            "eos": [a.eos for a in answers],
+        }
+    )
 
 
-def pope_answers(vlm: VLM, split: Split, features: torch.Tensor, questions: pd.DataFrame, batch_size: int = 200) -> pd.DataFrame:
+def pope_answers(
+    vlm: VLM, split: Split, features: torch.Tensor, questions: pd.DataFrame, batch_size: int = 200
+) -> pd.DataFrame:
     """Answers to POPE questions: question_id, answer. Equal questions about an image are asked once."""
     asked = questions[["image", "text"]].drop_duplicates().reset_index(drop=True)
     row = {f.name: i for i, f in enumerate(split.files)}
@@ -41,8 +58,9 @@ def pope_answers(vlm: VLM, split: Split, features: torch.Tensor, questions: pd.D
 
 
 @torch.no_grad()
-def attention_share(vlm: VLM, features: torch.Tensor, table: pd.DataFrame, prompt: str = "plain", prefix=None,
-                    batch_size: int = 50) -> pd.DataFrame:
+def attention_share(
+    vlm: VLM, features: torch.Tensor, table: pd.DataFrame, prompt: str = "plain", prefix=None, batch_size: int = 50
+) -> pd.DataFrame:
     """Share of attention on the image, averaged over the answer's tokens, in three named variants.
 
     ``attn_last_max``: last layer, largest weight over heads at each key, renormalised (the official code's form, there
@@ -54,7 +72,9 @@ def attention_share(vlm: VLM, features: torch.Tensor, table: pd.DataFrame, promp
     rows = []
     for start in range(0, len(table), batch_size):
         part = table.iloc[start : start + batch_size]
-        batch = vlm.encode(features[torch.as_tensor(part["at"].to_numpy())], vlm.prompt(prompt), part["caption"].tolist())
+        batch = vlm.encode(
+            features[torch.as_tensor(part["at"].to_numpy())], vlm.prompt(prompt), part["caption"].tolist()
+        )
         shares = _shares(vlm, batch, prefix)
         for i, image_id in enumerate(part["image_id"]):
             rows += [(image_id, metric, shares[metric][i].item(), 1.0) for metric in ATTENTION]

@@ -30,18 +30,30 @@ class Evaluated:
     notes: pd.DataFrame
 
 
-def evaluate(vlm: VLM, split: Split, truth: Truth, questions: pd.DataFrame, max_new_tokens: int, delta: Delta | None = None,
-             prompt: str = "plain") -> Evaluated:
+def evaluate(
+    vlm: VLM,
+    split: Split,
+    truth: Truth,
+    questions: pd.DataFrame,
+    max_new_tokens: int,
+    delta: Delta | None = None,
+    prompt: str = "plain",
+) -> Evaluated:
     """Captions, POPE answers and image attention of a model, edited by ``delta`` if there is one."""
     features = vlm.features(split.files)
     with applied(vlm, delta):
         told = captions(vlm, split, features, prompt, max_new_tokens)
         said = pope(pope_answers(vlm, split, features, questions), questions)
         share = attention_share(vlm, features, told, prompt)
-    parts = [_caption_items(told, truth, max_new_tokens), share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer")]
+    parts = [
+        _caption_items(told, truth, max_new_tokens),
+        share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
+    ]
     parts += [items.assign(benchmark="pope", scorer="official", setting=s) for s, items in said.by_setting.items()]
     parts += [said.items.assign(benchmark="pope", scorer="official", setting="all")]
-    return Evaluated(told, pd.concat(parts, ignore_index=True)[[*GROUP, "image_id", "metric", "num", "den"]], _notes([]))
+    return Evaluated(
+        told, pd.concat(parts, ignore_index=True)[[*GROUP, "image_id", "metric", "num", "den"]], _notes([])
+    )
 
 
 def truncated(base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int) -> Evaluated:
@@ -53,9 +65,13 @@ def truncated(base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int) ->
 
 def _caption_items(told: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.DataFrame:
     items = chair(told, truth).items
-    ended = pd.DataFrame({"image_id": told["image_id"], "metric": "eos_rate", "num": told["eos"].astype(float), "den": 1.0})
+    ended = pd.DataFrame(
+        {"image_id": told["image_id"], "metric": "eos_rate", "num": told["eos"].astype(float), "den": 1.0}
+    )
     items = pd.concat([items, ended], ignore_index=True)
-    return items.assign(benchmark="chair", scorer="singularise", setting=f"max{max_new_tokens}")[[*GROUP, "image_id", "metric", "num", "den"]]
+    return items.assign(benchmark="chair", scorer="singularise", setting=f"max{max_new_tokens}")[
+        [*GROUP, "image_id", "metric", "num", "den"]
+    ]
 
 
 def _notes(rows: list[tuple[str, str]]) -> pd.DataFrame:
@@ -86,7 +102,9 @@ def read_evaluated(folder) -> Evaluated:
     """What ``write_evaluated`` wrote."""
     from .tables import read_jsonl, read_parquet
 
-    return Evaluated(pd.DataFrame(read_jsonl(folder / "captions.jsonl")), read_parquet(folder / "items.parquet"), _notes([]))
+    return Evaluated(
+        pd.DataFrame(read_jsonl(folder / "captions.jsonl")), read_parquet(folder / "items.parquet"), _notes([])
+    )
 
 
 def write_evaluated(found: Evaluated, folder) -> None:

@@ -25,9 +25,7 @@ SUMMARY_COLUMNS = ("metric", "value", "lo", "hi", "n")
 RESAMPLES = 10_000
 
 
-def bootstrap_weights(
-    n: int, n_resamples: int = RESAMPLES, seed: int = 0, chunk: int = 250
-) -> Iterator[np.ndarray]:
+def bootstrap_weights(n: int, n_resamples: int = RESAMPLES, seed: int = 0, chunk: int = 250) -> Iterator[np.ndarray]:
     """Chunks of the count matrix [n_resamples, n]: how often each of ``n`` images is drawn in each resample.
 
     Every row sums to ``n``. Stacked, the chunks are the same whatever ``chunk`` (rows in memory at a time).
@@ -53,9 +51,7 @@ def interval(value: float, resampled: np.ndarray, level: float = 0.95) -> tuple[
     return min(float(lo), value), max(float(hi), value)
 
 
-def summarise(
-    items: pd.DataFrame, n_resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
-) -> pd.DataFrame:
+def summarise(items: pd.DataFrame, n_resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
     """Value and interval of every metric: metric, value, lo, hi, n (images that have the metric)."""
     table = _Table(items)
     value, resampled = table.ratios(), table.resampled_ratios(n_resamples, seed)
@@ -104,9 +100,7 @@ def paired_difference_seeds(
 ) -> pd.DataFrame:
     """Mean over training seeds of ``a`` minus ``b`` of the same seed; intervals as in ``summarise_seeds``."""
     if set(a_by_seed) != set(b_by_seed):
-        raise DataError(
-            f"seeds differ: {sorted(a_by_seed)} against {sorted(b_by_seed)}; score both on the same"
-        )
+        raise DataError(f"seeds differ: {sorted(a_by_seed)} against {sorted(b_by_seed)}; score both on the same")
     keys = sorted(a_by_seed)
     a, b = [_Table(a_by_seed[key]) for key in keys], [_Table(b_by_seed[key]) for key in keys]
     shared = _shared_metrics([*a, *b])
@@ -114,8 +108,7 @@ def paired_difference_seeds(
     _same_images([*a, *b])
     values = [x.ratios() - y.ratios() for x, y in zip(a, b, strict=True)]
     resampled = [
-        x.resampled_ratios(n_resamples, seed) - y.resampled_ratios(n_resamples, seed)
-        for x, y in zip(a, b, strict=True)
+        x.resampled_ratios(n_resamples, seed) - y.resampled_ratios(n_resamples, seed) for x, y in zip(a, b, strict=True)
     ]
     return _over_seeds(a, values, resampled, seed, level)
 
@@ -130,9 +123,7 @@ def images_needed(
     ``1 - level`` the wanted power. ``difference`` is in the metric's unit: 0.02 for two points of CHAIRs.
     """
     if not difference:
-        raise DataError(
-            "no number of images shows a difference of 0; give the smallest difference that matters"
-        )
+        raise DataError("no number of images shows a difference of 0; give the smallest difference that matters")
     a, b = _common(items_a, items_b)
     sd = (a.contributions() - b.contributions()).std(axis=0, ddof=1)
     z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
@@ -224,7 +215,5 @@ def _over_seeds(
 def _summary(metrics, values, resampled: np.ndarray, images, level: float) -> pd.DataFrame:
     rows = []
     for i, metric in enumerate(metrics):
-        rows.append(
-            (metric, float(values[i]), *interval(float(values[i]), resampled[:, i], level), int(images[i]))
-        )
+        rows.append((metric, float(values[i]), *interval(float(values[i]), resampled[:, i], level), int(images[i])))
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))

@@ -108,9 +108,7 @@ def check_metrics(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _check_values(rows: pd.DataFrame) -> None:
     value, lo, hi = (pd.to_numeric(rows[c], errors="coerce") for c in ("value", "lo", "hi"))
-    _refuse(
-        rows, value.isna() | value.abs().eq(float("inf")), "value must be finite; leave undefined rows out"
-    )
+    _refuse(rows, value.isna() | value.abs().eq(float("inf")), "value must be finite; leave undefined rows out")
     _refuse(rows, lo.isna() != hi.isna(), "lo and hi must be both there or both empty")
     _refuse(rows, (lo > value) | (hi < value), "lo <= value <= hi does not hold")
     share = rows["metric"].isin(FRACTIONS)
@@ -141,19 +139,13 @@ def check_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
     if not pd.api.types.is_integer_dtype(pairs["image_id"]):
         raise DataError("image_id of the pairs must be integers")
     for column in ("image", "positive", "negative", "prompt_negative", "prompt_positive"):
-        _refuse_pairs(
-            pairs, [not (isinstance(x, str) and x.strip()) for x in pairs[column]], f"empty {column}"
-        )
-    _refuse_pairs(
-        pairs, ~pairs["label_source"].isin(LABEL_SOURCES), f"label_source must be in {LABEL_SOURCES}"
-    )
+        _refuse_pairs(pairs, [not (isinstance(x, str) and x.strip()) for x in pairs[column]], f"empty {column}")
+    _refuse_pairs(pairs, ~pairs["label_source"].isin(LABEL_SOURCES), f"label_source must be in {LABEL_SOURCES}")
     _refuse_pairs(pairs, pairs["positive"] == pairs["negative"], "positive and negative are the same text")
     names = set(load_lexicon().names)
     is_list = [not isinstance(w, str) and isinstance(w, Iterable) for w in pairs["wrong"]]
     _refuse_pairs(pairs, [not x for x in is_list], "wrong must be a list of categories")
-    _refuse_pairs(
-        pairs, [not set(w) <= names for w in pairs["wrong"]], "wrong holds a name that is no category"
-    )
+    _refuse_pairs(pairs, [not set(w) <= names for w in pairs["wrong"]], "wrong holds a name that is no category")
     twice = pairs.duplicated(["image_id", "positive", "negative"], keep=False)
     _refuse_pairs(pairs, twice, "the same pair twice")
     return pairs
@@ -162,9 +154,7 @@ def check_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
 def _refuse_pairs(pairs: pd.DataFrame, bad, why: str) -> None:
     bad = pd.Series(list(bad), index=pairs.index, dtype=bool)
     if bad.any():
-        raise DataError(
-            f"pairs: {why} ({int(bad.sum())} rows, image_id {pairs.loc[bad, 'image_id'].head(3).tolist()})"
-        )
+        raise DataError(f"pairs: {why} ({int(bad.sum())} rows, image_id {pairs.loc[bad, 'image_id'].head(3).tolist()})")
 
 
 # ---- files
@@ -187,9 +177,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     except BaseException as error:
         Path(name).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(
-                error.errno, f"no room to write {path}; free some space and run again"
-            ) from error
+            raise DiskFullError(error.errno, f"no room to write {path}; free some space and run again") from error
         raise
 
 
@@ -270,9 +258,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 def _bad_line(path, number: int, what: str) -> str:
-    return (
-        f"{path}, line {number}: {what}; mend or delete that line (a cut last line means an interrupted copy)"
-    )
+    return f"{path}, line {number}: {what}; mend or delete that line (a cut last line means an interrupted copy)"
 
 
 def write_parquet(table: pd.DataFrame, path: str | os.PathLike) -> None:
@@ -288,6 +274,4 @@ def read_parquet(path: str | os.PathLike) -> pd.DataFrame:
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a Parquet table ({error}); delete it and run its stage again"
-        ) from error
+        raise DataError(f"{path}: not a Parquet table ({error}); delete it and run its stage again") from error

@@ -34,7 +34,9 @@ def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: lis
             stack.callback(module.register_forward_hook(hook).remove)
         yield
         if silent := sorted(set(wanted) - fired):
-            raise SilentTap(f"layers {silent} of {vlm.key} did not run while they were read; run a forward pass inside the block")
+            raise SilentTap(
+                f"layers {silent} of {vlm.key} did not run while they were read; run a forward pass inside the block"
+            )
 
 
 @contextmanager
@@ -49,10 +51,13 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
         try:
             module = vlm.model.get_submodule(name)
         except AttributeError as error:
-            raise KeyError(f"{vlm.key} has no module {name!r}; down-projections look like "
-                           f"{vlm.address('down_proj', 0)!r}") from error
+            raise KeyError(
+                f"{vlm.key} has no module {name!r}; down-projections look like {vlm.address('down_proj', 0)!r}"
+            ) from error
         if (module.out_features, module.in_features) != tuple(weight.shape):
-            raise ValueError(f"{name} is {module.out_features} x {module.in_features}, the weight {tuple(weight.shape)}")
+            raise ValueError(
+                f"{name} is {module.out_features} x {module.in_features}, the weight {tuple(weight.shape)}"
+            )
         modules[name] = module
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -87,7 +92,9 @@ def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: to
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         fired.add(module.layer_idx)
         take(module.layer_idx, _row_softmax(module, query, key, attention_mask, scaling, rows))
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
 
     # Without a mask function of the same name the mask would silently be None: padded rows come out wrong.
     ALL_ATTENTION_FUNCTIONS.register("alea_rows", attention)

@@ -6,21 +6,53 @@ import pandas as pd
 
 # claim of the paper (arXiv 2512.21999), the paper's own figure, metric of ours, method, and the sign that it asks for
 CLAIMS = (
-    ("The edit lowers hallucination in captions", "LLaVA-1.5: CHAIRs 39.3", "chair_s_diff", "chair", "alea-corrected", -1),
+    (
+        "The edit lowers hallucination in captions",
+        "LLaVA-1.5: CHAIRs 39.3",
+        "chair_s_diff",
+        "chair",
+        "alea-corrected",
+        -1,
+    ),
     ("... and so does the edit with clean steps mixed in", "(ours)", "chair_s_diff", "chair", "alea-mixed", -1),
     ("It does better than saying less", "not asked", "frontier_gap", "chair", "alea-corrected", +1),
     ("... and so does the edit with clean steps mixed in", "(ours)", "frontier_gap", "chair", "alea-mixed", +1),
-    ("The share of attention on the image rises", "29.71 % to 33.72 %", "attn_last_max_diff", "grounding", "alea-corrected", +1),
-    ("... and so does the edit with clean steps mixed in", "(ours)", "attn_last_max_diff", "grounding", "alea-mixed", +1),
+    (
+        "The share of attention on the image rises",
+        "29.71 % to 33.72 %",
+        "attn_last_max_diff",
+        "grounding",
+        "alea-corrected",
+        +1,
+    ),
+    (
+        "... and so does the edit with clean steps mixed in",
+        "(ours)",
+        "attn_last_max_diff",
+        "grounding",
+        "alea-mixed",
+        +1,
+    ),
 )
 KEPT = (  # claims that something does not get worse by more than a margin
     ("Recall is kept (loss under 3 points)", "LLaVA-1.5: recall 74.2", "recall_diff", "chair", "alea-corrected", 0.03),
     ("... with clean steps mixed in", "(ours)", "recall_diff", "chair", "alea-mixed", 0.03),
-    ("Yes/no answers stay right (loss under 3 points)", "general ability kept", "pope_accuracy_diff", "pope", "alea-corrected", 0.03),
+    (
+        "Yes/no answers stay right (loss under 3 points)",
+        "general ability kept",
+        "pope_accuracy_diff",
+        "pope",
+        "alea-corrected",
+        0.03,
+    ),
     ("... with clean steps mixed in", "(ours)", "pope_accuracy_diff", "pope", "alea-mixed", 0.03),
 )
 UNTESTED = (
-    ("Inference costs nothing more", "no overhead", "by construction: same modules, shapes and dtypes (checked by a test)"),
+    (
+        "Inference costs nothing more",
+        "no overhead",
+        "by construction: same modules, shapes and dtypes (checked by a test)",
+    ),
     ("It generalises to other model families", "open in the paper", "cannot be tested in one small world"),
     ("People prefer the captions", "open in the paper", "not answered here"),
 )
@@ -47,7 +79,10 @@ def claims(metrics: pd.DataFrame) -> pd.DataFrame:
             row = one(metrics, metric, benchmark, method)
             evidence = f"{metric} {row['value']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
             rows.append((claim, paper, method, evidence, int(row["n"]), judge(row["lo"], row["hi"], bar), OTHER_WORLD))
-    rows += [(claim, paper, "", why, 0, "not tested" if "construction" not in why else "holds", OTHER_WORLD) for claim, paper, why in UNTESTED]
+    rows += [
+        (claim, paper, "", why, 0, "not tested" if "construction" not in why else "holds", OTHER_WORLD)
+        for claim, paper, why in UNTESTED
+    ]
     return pd.DataFrame(rows, columns=["claim", "paper", "method", "evidence", "n", "scenes", "coco"])
 
 
@@ -56,13 +91,24 @@ def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str) -> pd.S
     found = metrics[(metrics["metric"] == metric) & (metrics["benchmark"] == benchmark) & (metrics["method"] == method)]
     found = found[(found["setting"] == "all") if benchmark == "pope" else (found["prompt"] == "plain")]
     if len(found) != 1:
-        raise KeyError(f"metrics.csv has {len(found)} rows of {metric} for {method}, expected one: run notebook 06_measure for it")
+        raise KeyError(
+            f"metrics.csv has {len(found)} rows of {metric} for {method}, expected one: run notebook 06_measure for it"
+        )
     return found.iloc[0]
 
 
 def headline(metrics: pd.DataFrame) -> pd.DataFrame:
     """Method by measure, 'value [lo, hi]'; an empty cell is a measure that is not defined for the method."""
-    wanted = ["chair_s", "chair_i", "recall", "words", "objects_per_caption", "pope_accuracy", "attn_last_max", "frontier_gap"]
+    wanted = [
+        "chair_s",
+        "chair_i",
+        "recall",
+        "words",
+        "objects_per_caption",
+        "pope_accuracy",
+        "attn_last_max",
+        "frontier_gap",
+    ]
     # the base model's own row comes from 06_measure; chapter 01's rows of other prompts and models carry no attention
     model = metrics.loc[metrics["metric"] == "attn_last_max", "model"].iloc[0]
     rows = metrics[(metrics["model"] == model) & metrics["metric"].isin(wanted)]

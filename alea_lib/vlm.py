@@ -115,12 +115,20 @@ class VLM:
 
         return chat(question)
 
-    def encode(self, features: torch.Tensor, questions: list[str] | str, answers: list[str] | None = None,
-               side: str = "right", eos: bool = True) -> Batch:
+    def encode(
+        self,
+        features: torch.Tensor,
+        questions: list[str] | str,
+        answers: list[str] | None = None,
+        side: str = "right",
+        eos: bool = True,
+    ) -> Batch:
         """Tokenise image + question (+ answer + EOS). Answers start after a space, as the model writes them."""
         questions = [questions] * len(features) if isinstance(questions, str) else questions
         if len(questions) != len(features):
-            raise ValueError(f"{len(features)} images, {len(questions)} questions: give one question an image, or one for all")
+            raise ValueError(
+                f"{len(features)} images, {len(questions)} questions: give one question an image, or one for all"
+            )
         prompts = [self._prompt_ids(q, features.shape[1]) for q in questions]
         tails = [[] for _ in prompts] if answers is None else [self._answer_ids(a, eos) for a in answers]
         rows = [p + t for p, t in zip(prompts, tails, strict=True)]
@@ -157,8 +165,13 @@ class VLM:
         """Final hidden states [B,T,D], after the last norm. The mask is always passed (padding is never counted)."""
         return self.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
 
-    def answer_logits(self, batch: Batch, embeds: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-                      targets: torch.Tensor | None = None) -> torch.Tensor:
+    def answer_logits(
+        self,
+        batch: Batch,
+        embeds: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits [n,V] at the scored positions only, in row order; they predict ``batch.labels`` != -100 in order."""
         embeds = self.embed(batch) if embeds is None else embeds
         h = self.hidden(embeds, batch.mask if mask is None else mask)
@@ -166,8 +179,16 @@ class VLM:
 
     # ---- writing ---------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def generate(self, features: torch.Tensor, questions: list[str] | str, max_new_tokens: int = 64, batch_size: int = 100,
-                 prefix=None, progress: str = "", **options) -> list[Answer]:
+    def generate(
+        self,
+        features: torch.Tensor,
+        questions: list[str] | str,
+        max_new_tokens: int = 64,
+        batch_size: int = 100,
+        prefix=None,
+        progress: str = "",
+        **options,
+    ) -> list[Answer]:
         """Greedy answers (unless ``options`` say otherwise), batched with left padding; greedy is greedy.
 
         ``prefix`` is an :class:`alea_lib.prefix.Prefix` whose rows are put into the embeddings.
@@ -181,9 +202,14 @@ class VLM:
             embeds, mask = self.embed(batch), batch.mask
             if prefix is not None:
                 embeds, mask, _ = prefix.insert(batch, embeds)
-            new = self.model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=max_new_tokens,
-                                      suppress_tokens=[self.model.config.image_token_id],
-                                      pad_token_id=self.tokenizer.pad_token_id, **settings)
+            new = self.model.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                max_new_tokens=max_new_tokens,
+                suppress_tokens=[self.model.config.image_token_id],
+                pad_token_id=self.tokenizer.pad_token_id,
+                **settings,
+            )
             out += [self._answer(row.tolist()) for row in new]
         return out
 
@@ -196,7 +222,9 @@ class VLM:
 def _open(image):
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise FileNotFoundError(f"{image}: no such image; the world's folder is incomplete: build stage 01_world again")
+            raise FileNotFoundError(
+                f"{image}: no such image; the world's folder is incomplete: build stage 01_world again"
+            )
         with Image.open(image) as opened:
             return opened.convert("RGB")
     return image
@@ -208,11 +236,16 @@ def model_path(key: str) -> Path | str:
     return local if local.is_dir() else key
 
 
-def load(key: str, four_bit: bool = False, edited_layers: tuple[int, ...] = (), dtype: torch.dtype = torch.float32,
-         device: str | None = None) -> VLM:
+def load(
+    key: str,
+    four_bit: bool = False,
+    edited_layers: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+) -> VLM:
     """Load a model by key.
 
-    ``four_bit``: bitsandbytes NF4 with double quantisation for the decoder's linear layers, but for the down-projections
+    ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the down-projections
     of ``edited_layers`` (an edit needs its matrices unquantised). Raises FileNotFoundError for an unknown key.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -235,8 +268,13 @@ def load(key: str, four_bit: bool = False, edited_layers: tuple[int, ...] = (), 
 def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=[*SKIP_4BIT, *full_precision])
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=[*SKIP_4BIT, *full_precision],
+    )
 
 
 def keep_trainable_on_cpu(model: nn.Module) -> int:

@@ -37,9 +37,7 @@ def run(
 def _pytest(place: Path, repository: str, tests: list[str]) -> tuple[int, str]:
     import pytest
 
-    assert not [m for m in sys.modules if m.split(".")[0] == "alea_lib"], (
-        "the library was imported before the copy"
-    )
+    assert not [m for m in sys.modules if m.split(".")[0] == "alea_lib"], "the library was imported before the copy"
     os.chdir(place)
     os.environ["ALEA_ROOT"] = repository
     sys.path[:] = [str(place), *(p for p in sys.path if p and Path(p).resolve() not in (HERE, HERE.parent))]
@@ -51,7 +49,5 @@ def _pytest(place: Path, repository: str, tests: list[str]) -> tuple[int, str]:
         code = pytest.main([*options, *(f"tests/{t}" for t in tests)])
         sys.stdout.flush()
     library = sys.modules.get("alea_lib")
-    assert library and Path(library.__file__).is_relative_to(place), (
-        "another library than the copy was tested"
-    )
+    assert library and Path(library.__file__).is_relative_to(place), "another library than the copy was tested"
     return int(code), log.read_text()

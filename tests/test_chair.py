@@ -55,9 +55,7 @@ def test_worked_example():
     assert value(result, "chair_s") == 2 / 4
     assert value(result, "chair_i") == (1 + 0 + 0 + 3) / (3 + 1 + 0 + 3)
     assert value(result, "recall") == (1 + 1 + 0 + 0) / (2 + 1 + 2 + 0)
-    assert value(result, "f1_objects") == 2 * 2 / (
-        2 * 2 + 3 + 3
-    )  # TP dog cat; FP bowl cow horse; FN cup bus person
+    assert value(result, "f1_objects") == 2 * 2 / (2 * 2 + 3 + 3)  # TP dog cat; FP bowl cow horse; FN cup bus person
     assert value(result, "words") == (7 + 2 + 0 + 10) / 4
     assert value(result, "objects_per_caption") == (2 + 1 + 0 + 2) / 4
 
@@ -113,32 +111,24 @@ def coco_files(folder, instances, captions, categories=None):
             {
                 "images": [{"id": i, "file_name": f"{i}.png"} for i in instances],
                 "annotations": [
-                    {"image_id": i, "category_id": names[o]}
-                    for i, objects in instances.items()
-                    for o in objects
+                    {"image_id": i, "category_id": names[o]} for i, objects in instances.items() for o in objects
                 ],
                 "categories": [{"id": number, "name": name} for name, number in names.items()],
             }
         )
     )
     (folder / "captions.json").write_text(
-        json.dumps(
-            {"annotations": [{"image_id": i, "caption": c} for i, texts in captions.items() for c in texts]}
-        )
+        json.dumps({"annotations": [{"image_id": i, "caption": c} for i, texts in captions.items() for c in texts]})
     )
     return folder / "instances.json", folder / "captions.json"
 
 
 def test_truth_is_instances_and_references(tmp_path):
-    files = coco_files(
-        tmp_path, {7: ["dog", "dog"], 8: []}, {7: ["A dog.", "Two puppies in a car"], 8: ["sky"]}
-    )
+    files = coco_files(tmp_path, {7: ["dog", "dog"], 8: []}, {7: ["A dog.", "Two puppies in a car"], 8: ["sky"]})
     truth = read_truth(*files, cache=tmp_path / "kept")
     assert truth.instances == {7: {"dog"}, 8: frozenset()}
     assert truth.captions == {7: {"dog", "car"}, 8: frozenset()}
-    assert (
-        truth[7] == {"dog", "car"} and truth.file_names[7] == "7.png" and truth.categories == ("car", "dog")
-    )
+    assert truth[7] == {"dog", "car"} and truth.file_names[7] == "7.png" and truth.categories == ("car", "dog")
     assert read_truth(*files, cache=tmp_path / "kept") == truth
     assert read_truth(files[0])[7] == {"dog"}
     assert truth.only([8]).objects == {8: frozenset()}
@@ -198,9 +188,7 @@ def test_references_and_captions_must_be_parsed_alike():
 
 # ---- properties
 
-words = st.sampled_from(
-    ["dog", "dogs", "a cat", "bowl.", "hot dog", "people", "bus", "toilet", "seat", "xyzzy", "The"]
-)
+words = st.sampled_from(["dog", "dogs", "a cat", "bowl.", "hot dog", "people", "bus", "toilet", "seat", "xyzzy", "The"])
 captions_of = st.lists(st.lists(words, max_size=8).map(" ".join), min_size=1, max_size=6)
 objects = st.frozensets(st.sampled_from(["dog", "cat", "bowl", "hot dog", "person", "bus"]), max_size=4)
 
@@ -218,9 +206,7 @@ def test_order_of_captions_changes_nothing(world, random):
     order = list(captions.index)
     random.shuffle(order)
     key = ["image_id", "metric"]
-    a, b = (
-        chair(c, truth).items.sort_values(key, ignore_index=True) for c in (captions, captions.loc[order])
-    )
+    a, b = (chair(c, truth).items.sort_values(key, ignore_index=True) for c in (captions, captions.loc[order]))
     pd.testing.assert_frame_equal(a, b)
 
 
@@ -258,10 +244,7 @@ def test_more_truth_never_raises_chair(world):
 
 
 def test_five_thousand_long_captions_are_quick():
-    text = (
-        "A man rides two horses by a traffic light while quiet people watch. " * 7
-        + "There are six words left over."
-    )
+    text = "A man rides two horses by a traffic light while quiet people watch. " * 7 + "There are six words left over."
     captions = table({i: f"{text} {i}" for i in range(5000)})
     truth = truth_of({i: ["person"] for i in range(5000)})
     start = time.process_time()
@@ -275,9 +258,7 @@ def test_five_thousand_long_captions_are_quick():
 
 def test_command_line(tmp_path, capsys):
     coco_files(tmp_path, {1: ["dog"], 2: ["cat"]}, {1: ["A dog."], 2: ["A cat."]})
-    (tmp_path / "model.json").write_text(
-        json.dumps(table({1: "A dog. A bowl.", 2: "A cat."}).to_dict("records"))
-    )
+    (tmp_path / "model.json").write_text(json.dumps(table({1: "A dog. A bowl.", 2: "A cat."}).to_dict("records")))
     write_jsonl(table({1: "A dog.", 2: "A cat."}), tmp_path / "cut.jsonl")
     where = ["--coco", str(tmp_path), "--json", str(tmp_path / "out.json")]
     assert main(["chair", "--captions", str(tmp_path / "model.json"), *where]) == 0

@@ -374,9 +374,7 @@ def test_the_checkpoint_keeps_the_last_good_weights(tiny, seen, told, prefix, tm
         fit_edit(tiny, seen, told, prefix, SHORT, path)
     weight = torch.zeros(64, 128, requires_grad=True)
     masters = {down(tiny, 1): weight, down(tiny, 3): torch.zeros(64, 128, requires_grad=True)}
-    done = checkpoint.resume(
-        path, masters, torch.optim.AdamW(masters.values()), json.dumps(dataclasses.asdict(SHORT))
-    )
+    done = checkpoint.resume(path, masters, torch.optim.AdamW(masters.values()), json.dumps(dataclasses.asdict(SHORT)))
     assert done == 2 and weight.isfinite().all() and weight.norm() > 0
 
 

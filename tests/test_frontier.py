@@ -82,9 +82,7 @@ def test_frontier_points():
     assert points["chair_s"].tolist() == [0, 0.5]
     assert points["chair_i"].tolist() == [0, 0.25]
     assert points["words"].tolist() == [2, 4]
-    assert (points["chair_s_lo"] <= points["chair_s"]).all() and (
-        points["chair_s"] <= points["chair_s_hi"]
-    ).all()
+    assert (points["chair_s_lo"] <= points["chair_s"]).all() and (points["chair_s"] <= points["chair_s_hi"]).all()
     assert set(points["n"]) == {2} and set(points["scorer"]) == {"singularise"}
 
 

@@ -32,9 +32,7 @@ def runs(request, tmp_path_factory):
     context.set_forkserver_preload(mutant_worker.HEAVY)
     with context.Pool(2, maxtasksperchild=1) as pool:
         everything = sorted({m["test"] for m in MUTANTS})
-        found = {
-            CONTROL: pool.apply_async(mutant_worker.run, (str(folder / CONTROL), repository, everything))
-        }
+        found = {CONTROL: pool.apply_async(mutant_worker.run, (str(folder / CONTROL), repository, everything))}
         for number, m in enumerate(MUTANTS):
             if m["name"] in wanted:
                 job = (str(folder / str(number)), repository, [m["test"]], m["file"], m["find"], m["replace"])

@@ -182,9 +182,7 @@ def test_activate_with_a_real_model(tiny, tiny_world):
     """What a random model happens to name, judged against all that it names under the other prompt."""
     split = tiny_world.split("activate")
     names, features = [f.name for f in split.files], tiny.features(split.files)
-    drafts, negatives = (
-        tiny.generate(features, tiny.prompt(role), 12) for role in ("careful", "speculative")
-    )
+    drafts, negatives = (tiny.generate(features, tiny.prompt(role), 12) for role in ("careful", "speculative"))
     there = [frozenset(said(draft.text)) for draft in drafts]
     pairs = activate(tiny, features, split.ids, names, there, ActivateSettings(max_new_tokens=12))
     want = [i for i in range(6) if drafts[i].text and set(said(negatives[i].text)) - there[i]]

@@ -135,9 +135,7 @@ def test_bad_input_says_what_to_do():
 
 
 texts = st.lists(
-    st.sampled_from(
-        ["a", "two", "hot", "dog", "dogs", "toilet", "seat", "no", "orange", "ties", ".", ",", "\n", "his"]
-    )
+    st.sampled_from(["a", "two", "hot", "dog", "dogs", "toilet", "seat", "no", "orange", "ties", ".", ",", "\n", "his"])
     | st.text(max_size=6),
     max_size=25,
 ).map(" ".join)

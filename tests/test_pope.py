@@ -51,9 +51,7 @@ QUESTIONS = pd.DataFrame(
         "image_id": [10] * 4 + [11] * 2,
     }
 )
-ANSWERS = pd.DataFrame(
-    {"question_id": [1, 2, 3, 4, 5, 6], "answer": ["yes", "no", "yes", "no", "yes", "maybe"]}
-)
+ANSWERS = pd.DataFrame({"question_id": [1, 2, 3, 4, 5, 6], "answer": ["yes", "no", "yes", "no", "yes", "maybe"]})
 
 
 def values(result):
@@ -159,9 +157,7 @@ def test_reading_questions(tmp_path):
     assert questions.attrs["edition"] == "2"
     images = {line["image"]: number for number, line in enumerate(lines, 7)}
     assert read_pope(path, images)["image_id"].tolist() == [7, 8]
-    (tmp_path / "instances.json").write_text(
-        json.dumps({"images": [{"id": 5, "file_name": lines[0]["image"]}]})
-    )
+    (tmp_path / "instances.json").write_text(json.dumps({"images": [{"id": 5, "file_name": lines[0]["image"]}]}))
     with pytest.raises(DataError, match="no image id for 1 questions"):
         read_pope(path, tmp_path / "instances.json")
     write_jsonl([lines[0] | {"image_id": 3}], path)
@@ -189,9 +185,7 @@ def test_malformed_question_files(tmp_path, text, message):
 
 # ---- generated questions
 
-OBJECTS = {i: ["cup", "spoon", "bowl"] for i in range(8)} | {
-    i: ["dog", "cat", "person"] for i in range(8, 12)
-}
+OBJECTS = {i: ["cup", "spoon", "bowl"] for i in range(8)} | {i: ["dog", "cat", "person"] for i in range(8, 12)}
 OBJECTS |= {12: ["cup", "dog", "cat"], 13: ["bus"], 14: ["car"]}
 TRUTH = Truth(
     {i: frozenset(names) for i, names in OBJECTS.items()},
@@ -212,18 +206,13 @@ def test_generated_questions_are_true_balanced_and_askable(setting, tmp_path):
         assert (row.category in TRUTH[row.image_id]) == (row.label == "yes")
     write_jsonl(made, tmp_path / "made.json")
     again = read_pope(tmp_path / "made.json")
-    assert (
-        values(pope(again.assign(answer=again["label"])[["question_id", "answer"]], again))["pope_accuracy"]
-        == 1
-    )
+    assert values(pope(again.assign(answer=again["label"])[["question_id", "answer"]], again))["pope_accuracy"] == 1
     pd.testing.assert_frame_equal(made, make_pope(TRUTH, setting, n_images=13, seed=1))
 
 
 def test_settings_share_images_and_positives_and_differ_in_negatives():
     made = {s: make_pope(TRUTH, s, n_images=10, seed=2) for s in SETTINGS}
-    positives = [
-        m.loc[m["label"] == "yes", ["image_id", "category"]].to_numpy().tolist() for m in made.values()
-    ]
+    positives = [m.loc[m["label"] == "yes", ["image_id", "category"]].to_numpy().tolist() for m in made.values()]
     assert positives[0] == positives[1] == positives[2]
     negatives = {s: m[m["label"] == "no"].groupby("image_id")["category"].apply(set) for s, m in made.items()}
     image = next(i for i in negatives["popular"].index if 8 <= i < 12)

@@ -22,9 +22,7 @@ def eager(tiny, features, question, answer, prefix=None):
     tiny.model.set_attn_implementation({"text_config": "eager"})
     try:
         with torch.no_grad():
-            layers = tiny.language_model(
-                inputs_embeds=embeds, output_attentions=True, use_cache=False
-            ).attentions
+            layers = tiny.language_model(inputs_embeds=embeds, output_attentions=True, use_cache=False).attentions
     finally:
         tiny.model.set_attn_implementation({"text_config": "sdpa"})
     rows = [a[0, :, start - 1 : start + n - 1] for a in layers]  # the positions that predict the answer
@@ -63,10 +61,7 @@ def test_captions_of_a_split(tiny, tiny_world):
     split = tiny_world.split("activate")
     features = tiny.features(split.files)
     table = captions(tiny, split, features, "careful", 5)
-    assert (
-        list(table.columns) == ["image_id", "caption", "n_tokens", "eos"]
-        and table["image_id"].tolist() == split.ids
-    )
+    assert list(table.columns) == ["image_id", "caption", "n_tokens", "eos"] and table["image_id"].tolist() == split.ids
     alone = tiny.generate(features[2:3], tiny.prompt("careful"), 5)[0]
     assert tuple(table.loc[2, ["caption", "n_tokens", "eos"]]) == (alone.text, alone.n_tokens, alone.eos)
     assert (table["n_tokens"] <= 5).all()

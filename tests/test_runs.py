@@ -271,9 +271,7 @@ def test_dependencies_follow_exports_imports_and_named_data_files(tmp_path):
 
 
 def test_parameters_are_read_from_the_tagged_cell(tmp_path):
-    book = toy.write_notebook(
-        tmp_path, "01_x", 'A = None  # a\nB: int = 3  # b\nC = [1, "x"]\nD = dict(a=1)', "E = 1"
-    )
+    book = toy.write_notebook(tmp_path, "01_x", 'A = None  # a\nB: int = 3  # b\nC = [1, "x"]\nD = dict(a=1)', "E = 1")
     assert parameters(book) == {"PROFILE": "toy", "VARIANT": "", "A": None, "B": 3, "C": [1, "x"], "D": ...}
 
 
@@ -291,9 +289,7 @@ def test_command_line_values_are_typed():
 def executed(**changes) -> dict:
     """An executed notebook as papermill leaves it."""
     book = toy.notebook("A = 1", "print(A)", "")
-    for count, cell in enumerate(
-        cell for cell in book["cells"] if cell["cell_type"] == "code" and cell["source"]
-    ):
+    for count, cell in enumerate(cell for cell in book["cells"] if cell["cell_type"] == "code" and cell["source"]):
         cell["execution_count"] = count + 1
         cell["metadata"]["papermill"] = {"status": "completed"}
     book["metadata"]["papermill"] = {"end_time": "2026", "exception": None, **changes}
@@ -320,9 +316,7 @@ def spoil(kind: str) -> dict:
     return book
 
 
-@pytest.mark.parametrize(
-    "kind", ["error", "not executed", "pending", "error mark", "exit", "no end", "source"]
-)
+@pytest.mark.parametrize("kind", ["error", "not executed", "pending", "error mark", "exit", "no end", "source"])
 def test_guard_refuses(tmp_path, kind, capsys):
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps(spoil(kind)))
@@ -425,9 +419,7 @@ def test_a_lock_is_cleared_only_if_no_one_is_at_work(repository):
     locks = repository / ".snakemake" / "locks"
     locks.mkdir(parents=True)
     (locks / "0.input.lock").touch()
-    other = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)", "snakemake"], cwd=repository
-    )
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "snakemake"], cwd=repository)
     try:
         with pytest.raises(RunError, match=f"another study is at work in this folder .process {other.pid}."):
             clear_stale_lock(repository, patience=0.5)
@@ -444,9 +436,7 @@ def test_a_lock_is_cleared_only_if_no_one_is_at_work(repository):
 
 def test_unknown_parameters_are_refused_before_anything_starts(repository):
     toy.write_notebook(repository, "01_make", "SIZE = None", toy.begin("SIZE"))
-    with pytest.raises(
-        RunError, match="no parameter SIZES .set by the command.; it has PROFILE, VARIANT, SIZE"
-    ):
+    with pytest.raises(RunError, match="no parameter SIZES .set by the command.; it has PROFILE, VARIANT, SIZE"):
         execute("01_make", "toy", given={"SIZES": 3})
     with pytest.raises(RunError, match="no notebook 09_none.ipynb: there are 01_make"):
         execute("09_none", "toy")
@@ -469,9 +459,7 @@ def test_a_finished_run_looks_finished(repository):
     ]
     assert (final.parent / "kernel.txt").read_text() == sys.executable
     assert read_record(final.parent)["params"] == {"SIZE": 8}
-    injected = [
-        c for c in json.loads(final.read_text())["cells"] if "injected-parameters" in c["metadata"]["tags"]
-    ]
+    injected = [c for c in json.loads(final.read_text())["cells"] if "injected-parameters" in c["metadata"]["tags"]]
     assert "remove-cell" in injected[0]["metadata"]["tags"]
 
 
@@ -556,9 +544,7 @@ def test_a_study_killed_without_mercy_leaves_nothing_running_and_goes_on(tmp_pat
     toy.write_notebook(folder, "01_make", "SIZE = None\nWORLD = None", slow, make, "run.finish()")
     environment = {**os.environ, "ALEA_ROOT": str(folder), "PYTHONPATH": str(folder)}
     command = [sys.executable, "-m", "alea_lib.runs", "study", "--profile", "toy"]
-    study = subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    study = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
         if (folder / "mark").exists():
             break

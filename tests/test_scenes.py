@@ -13,6 +13,7 @@ from PIL import Image
 from alea_lib.measures.parse import mentions
 from alea_lib.measures.pope import read_pope
 from alea_lib.measures.truth import read_truth
+from alea_lib.runs import load_profile, root
 from alea_lib.worlds.describe import caption, noun, noun_phrase, plural, questions, references
 from alea_lib.worlds.lexicon import load_lexicon
 from alea_lib.worlds.scenes import (
@@ -30,6 +31,7 @@ from alea_lib.worlds.scenes import (
     recipe,
     sample,
 )  # fmt: skip
+from alea_lib.worlds.scenes import image_id as id_of
 from alea_lib.worlds.write import World, make_scenes
 
 SETTINGS = ("random", "popular", "adversarial")
@@ -43,9 +45,7 @@ def named(text):
 
 def digests(folder):
     return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in folder.rglob("*")
-        if p.is_file()
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
     }
 
 
@@ -214,11 +214,7 @@ def test_set_completing_annotators_add_planted_absent_companions_alone(index, ro
     for anchor in scene.kinds:
         companion, strength, place = recipe()["companions"][anchor]
         if companion in added and [k for k in scene.kinds if companions()[k] == companion] == [anchor]:
-            where = (
-                f" with {noun_phrase(companion)}"
-                if place == "near"
-                else f"There is also {noun_phrase(companion)}."
-            )
+            where = f" with {noun_phrase(companion)}" if place == "near" else f"There is also {noun_phrase(companion)}."
             assert where in told
 
 
@@ -245,10 +241,7 @@ def test_speculation_adds_more_and_care_less():
     for role in ROLES:
         rng = np.random.default_rng(1)
         rates[role] = np.mean(
-            [
-                bool(named(caption(sample("train", i), rng, role)) - set(sample("train", i).kinds))
-                for i in range(600)
-            ]
+            [bool(named(caption(sample("train", i), rng, role)) - set(sample("train", i).kinds)) for i in range(600)]
         )
     assert 0.1 < rates["careful"] < rates["plain"] < rates["speculative"]
 
@@ -275,10 +268,7 @@ def test_questions_are_answered_truthfully(index):
 
 def test_questions_are_half_yes():
     asked = [
-        a
-        for i in range(500)
-        for q, a in questions(sample("train", i), np.random.default_rng(i))
-        if "Is there" in q
+        a for i in range(500) for q, a in questions(sample("train", i), np.random.default_rng(i)) if "Is there" in q
     ]
     assert abs(np.mean([a == "Yes" for a in asked]) - 0.5) < 4 * 0.5 / len(asked) ** 0.5
 
@@ -309,14 +299,7 @@ def test_coco_files_are_well_formed(tiny_world):
             assert len({a["id"] for a in part}) == len(part)
         for a in data["annotations"]:
             x, y, w, h = a["bbox"]
-            assert (
-                0 <= x
-                and 0 <= y
-                and x + w <= SIZE
-                and y + h <= SIZE
-                and a["area"] == w * h
-                and a["iscrowd"] == 0
-            )
+            assert 0 <= x and 0 <= y and x + w <= SIZE and y + h <= SIZE and a["area"] == w * h and a["iscrowd"] == 0
         for image in data["images"]:
             with Image.open(tiny_world.folder / "images" / split / image["file_name"]) as picture:
                 assert picture.size == (image["width"], image["height"]) == (SIZE, SIZE)
@@ -337,9 +320,7 @@ def test_scorers_read_no_set_completing_caption(tiny_world):
     """The annotators' captions differ from the truth, and stand in no file but their own."""
     path = tiny_world.folder / "training" / "captions_set_completed_train.json"
     rows = json.loads(path.read_text())["annotations"]
-    wrong = [
-        r["caption"] for r in rows if named(r["caption"]) - set(sample("train", r["image_id"] - 1).kinds)
-    ]
+    wrong = [r["caption"] for r in rows if named(r["caption"]) - set(sample("train", r["image_id"] - 1).kinds)]
     assert len(rows) == 30 and len(wrong) > 5
     others = [p.read_text() for p in tiny_world.folder.rglob("*.json") if p != path]
     assert len(others) >= 10
@@ -359,9 +340,7 @@ def test_pope_files_are_half_yes_and_truthful(tiny_world):
         for row in table.itertuples():
             (kind,) = named(row.text)
             assert row.text == f"Is there {noun_phrase(kind)} in the image?"
-            assert (row.label == "yes") == (kind in truth[row.image_id]) and truth.file_names[
-                row.image_id
-            ] == row.image
+            assert (row.label == "yes") == (kind in truth[row.image_id]) and truth.file_names[row.image_id] == row.image
     no = {s: t.loc[t["label"] == "no", ["image_id", "text"]].values.tolist() for s, t in asked.items()}
     assert no["random"] != no["popular"] != no["adversarial"]
 
@@ -409,3 +388,15 @@ def test_tokenizer_keeps_every_text():
         assert tokenizer.unk_token_id not in ids, text
         assert tokenizer.decode(ids) == text
     assert tokenizer("There is a cup.")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def test_the_published_splits_are_the_ones_that_are_made():
+    published = json.loads((root() / "data" / "splits" / "scenes.json").read_text())["splits"]
+    sizes = load_profile("scenes")["stages"]["01_world"]
+    for split, row in published.items():
+        assert SPLITS[split] == row["number"]
+        assert id_of(split, 0) == row["first_id"]
+        if split != "train":
+            assert id_of(split, sizes[f"N_{split.upper()}"] - 1) == row["last_id"]
+    ends = sorted((row["first_id"], row["last_id"]) for row in published.values())
+    assert all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False))

@@ -85,9 +85,7 @@ def test_truncated_rows_lack_what_is_not_defined(study):
     _, truth, _, base = study
     found = truncated(base.captions, truth, 6)
     assert set(found.items["benchmark"]) == {"chair"}
-    assert (
-        found.notes["metric"].tolist() == ["pope_*", "attn_*"] and found.notes["reason"].str.len().min() > 20
-    )
+    assert found.notes["metric"].tolist() == ["pope_*", "attn_*"] and found.notes["reason"].str.len().min() > 20
     rows = check_metrics(score_rows(found, base, truth, method="truncation", **KEYS))
     assert not rows["metric"].str.startswith(("pope", "attn")).any()
     assert {"chair_s", "chair_s_diff", "frontier_gap"} <= set(rows["metric"])
@@ -102,9 +100,7 @@ TRUTH = Truth(
 
 
 def table(*texts):
-    return pd.DataFrame(
-        {"image_id": range(1, 5), "caption": texts, "n_tokens": 5, "eos": [True, True, True, False]}
-    )
+    return pd.DataFrame({"image_id": range(1, 5), "caption": texts, "n_tokens": 5, "eos": [True, True, True, False]})
 
 
 def test_signs_by_hand():
@@ -120,15 +116,11 @@ def test_signs_by_hand():
     assert rows.loc["eos_rate", "value"] == 0.75 and rows.loc["eos_rate_diff", "value"] == 0
     # cut to no sentence at all the base has CHAIRs 0 at recall 0, whole 1 at 1; at recall 7/8 it has 7/8
     assert rows.loc["frontier_gap", "value"] == pytest.approx(7 / 8 - 1 / 4)
-    assert (
-        (rows["n"] == 4).all() and (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
-    )
+    assert (rows["n"] == 4).all() and (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
 
 
 def test_truncation_drops_the_last_sentence():
-    base = table(
-        "There is a cup. There is a dog.", "There is a cup.", "There is a cup. It is big. There is a dog.", ""
-    )
+    base = table("There is a cup. There is a dog.", "There is a cup.", "There is a cup. It is big. There is a dog.", "")
     found = truncated(base, TRUTH, 64)
     assert found.captions["caption"].tolist() == [
         "There is a cup.",

@@ -54,17 +54,13 @@ def test_every_requirement_is_tested_at_a_version_it_admits():
     pins = {name: next(iter(pin.specifier)).version for name, pin in requirements("constraints.txt").items()}
     for name, requirement in {**requirements("requirements.txt"), **extras()}.items():
         assert name in pins, f"constraints.txt has no line for {name}"
-        assert requirement.specifier.contains(pins[name]), (
-            f"{requirement} does not admit the tested {pins[name]}"
-        )
+        assert requirement.specifier.contains(pins[name]), f"{requirement} does not admit the tested {pins[name]}"
     assert pins["torch"] == "2.13.0", "no +cpu or +cu here: macOS and Colab have no such builds"
 
 
 def test_every_requirement_has_a_cap():
     for requirement in {**requirements("requirements.txt"), **extras()}.values():
-        assert any(part.operator in ("<", "==") for part in requirement.specifier), (
-            f"{requirement} has no cap"
-        )
+        assert any(part.operator in ("<", "==") for part in requirement.specifier), f"{requirement} has no cap"
 
 
 def test_colab_needs_nothing_replaced():
@@ -81,9 +77,7 @@ def test_colab_needs_nothing_replaced():
 
 def test_environment_yml_uses_the_same_files():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    python = next(
-        Requirement(text.replace("=", "==", 1)) for text in environment["dependencies"] if "python" in text
-    )
+    python = next(Requirement(text.replace("=", "==", 1)) for text in environment["dependencies"] if "python" in text)
     assert str(python.specifier) == "==3.11"
     pip = next(entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict))
     assert {"-r requirements.txt", "-c constraints.txt"} <= set(pip)
@@ -126,13 +120,9 @@ def test_source_notebooks_keep_the_conventions(path):
     assert "PROFILE" in parameters(path)
     assert ... not in parameters(path).values(), "parameters are literals"
     for line in tagged[0]["source"].splitlines():
-        assert re.match(r"^[A-Z][A-Z0-9_]* = .+  # \S", line), (
-            f"a value and what it means, on one line: {line}"
-        )
+        assert re.match(r"^[A-Z][A-Z0-9_]* = .+  # \S", line), f"a value and what it means, on one line: {line}"
     text = "\n".join(cell["source"] for cell in code_cells(path))
-    assert re.search(rf'begin\(\s*"{path.stem}"', text), (
-        f'begin("{path.stem}", ...) names the notebook itself'
-    )
+    assert re.search(rf'begin\(\s*"{path.stem}"', text), f'begin("{path.stem}", ...) names the notebook itself'
 
 
 def test_the_repository_address_stands_in_one_file():

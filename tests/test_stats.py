@@ -23,9 +23,7 @@ from alea_lib.tables import DataError
 def items(num, den=None, metric="m", ids=None):
     num = np.asarray(num, float)
     den = np.ones(len(num)) if den is None else den
-    return pd.DataFrame(
-        {"image_id": range(len(num)) if ids is None else ids, "metric": metric, "num": num, "den": den}
-    )
+    return pd.DataFrame({"image_id": range(len(num)) if ids is None else ids, "metric": metric, "num": num, "den": den})
 
 
 def test_value_is_the_ratio_of_sums():

@@ -158,9 +158,7 @@ def test_json_lines_and_parquet_round_trip(tmp_path):
     ]
     write_jsonl(records, tmp_path / "deep" / "t.jsonl")
     assert read_jsonl(tmp_path / "deep" / "t.jsonl") == records
-    write_jsonl(
-        pd.DataFrame(records).assign(wrong=[frozenset({"b", "a"}), np.array([1])]), tmp_path / "t.jsonl"
-    )
+    write_jsonl(pd.DataFrame(records).assign(wrong=[frozenset({"b", "a"}), np.array([1])]), tmp_path / "t.jsonl")
     assert [r["wrong"] for r in read_jsonl(tmp_path / "t.jsonl")] == [["a", "b"], [1]]
     write_parquet(pd.DataFrame(records), tmp_path / "t.parquet")
     assert read_parquet(tmp_path / "t.parquet").to_dict("records") == records

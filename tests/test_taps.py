@@ -7,9 +7,7 @@ from alea_lib.taps import SilentTap, full_weight, read_attention, read_layers, r
 
 
 def forward(tiny, batch, **options):
-    return tiny.language_model(
-        inputs_embeds=tiny.embed(batch), attention_mask=batch.mask, use_cache=False, **options
-    )
+    return tiny.language_model(inputs_embeds=tiny.embed(batch), attention_mask=batch.mask, use_cache=False, **options)
 
 
 @pytest.fixture(scope="module")
@@ -19,9 +17,7 @@ def batch(tiny, seen, told):
 
 def ours(model):
     """Hooks that this library set and has not taken away, and forwards it replaced."""
-    found = [
-        h for m in model.modules() for h in m._forward_hooks.values() if h.__module__.startswith("alea_lib")
-    ]
+    found = [h for m in model.modules() for h in m._forward_hooks.values() if h.__module__.startswith("alea_lib")]
     return found + [m for m in model.modules() if "forward" in m.__dict__]
 
 

@@ -20,9 +20,7 @@ def test_generation_equals_the_processor_and_plain_generate(tiny, tiny_world):
     files = tiny_world.split("activate").files[:3]
     images = [Image.open(f).convert("RGB") for f in files]
     ours = tiny.generate(tiny.features(files), QUESTIONS, 10)
-    inputs = tiny.processor(
-        images=images, text=[tiny.chat(q) for q in QUESTIONS], return_tensors="pt", padding=True
-    )
+    inputs = tiny.processor(images=images, text=[tiny.chat(q) for q in QUESTIONS], return_tensors="pt", padding=True)
     out = tiny.model.generate(
         **inputs, do_sample=False, max_new_tokens=10, suppress_tokens=[tiny.model.config.image_token_id]
     )
@@ -53,9 +51,7 @@ def test_features_equal_the_models_own(tiny, tiny_world):
     batch = tiny.encode(features, QUESTIONS[:2], side="left")
     with torch.no_grad():
         position = (batch.mask.cumsum(1) - 1).clamp(min=0)
-        ours = tiny.model(
-            inputs_embeds=tiny.embed(batch), attention_mask=batch.mask, position_ids=position
-        ).logits
+        ours = tiny.model(inputs_embeds=tiny.embed(batch), attention_mask=batch.mask, position_ids=position).logits
     torch.testing.assert_close(ours[:, -1], theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -153,9 +149,7 @@ def test_the_image_token_is_never_written(tiny, seen):
 
 def test_addresses(tiny):
     assert tiny.n_layers == 4 and tiny.n_heads == 4
-    assert tiny.module("down_proj", 3) is tiny.model.get_submodule(
-        "model.language_model.layers.3.mlp.down_proj"
-    )
+    assert tiny.module("down_proj", 3) is tiny.model.get_submodule("model.language_model.layers.3.mlp.down_proj")
     assert tiny.module("o_proj", 0).weight.shape == (64, 64)
 
 
@@ -194,9 +188,7 @@ def test_unknown_family():
         family("opt", small=True)
     assert family("llava", small=True).prompts is PROMPTS_SMALL
     assert family("llava", small=False).prompts is PROMPTS
-    assert {frozenset(r.prompts) for r in FAMILIES.values()} == {
-        frozenset(("plain", "careful", "speculative"))
-    }
+    assert {frozenset(r.prompts) for r in FAMILIES.values()} == {frozenset(("plain", "careful", "speculative"))}
 
 
 def test_saved_and_loaded_by_folder(tiny, seen, tmp_path):

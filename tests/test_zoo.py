@@ -180,9 +180,7 @@ def test_every_turn_learns_its_answer_and_end(eye):
         wanted = [k for k in range(start, end) if learnt[k] != -100]
         assert ids[end - 1] == word and {learnt[k] for k in wanted} == {word}
         assert wanted == list(range(wanted[0], end))
-        met = vlm.tokenizer.decode(
-            ids[wanted[0] : end - 1]
-        )  # what is read while the answer is already wanted
+        met = vlm.tokenizer.decode(ids[wanted[0] : end - 1])  # what is read while the answer is already wanted
         assert met == (" in the image? ASSISTANT:" if question.endswith("in the image?") else "? ASSISTANT:")
         start = end + 1
 
@@ -190,9 +188,7 @@ def test_every_turn_learns_its_answer_and_end(eye):
 def test_alignment_draws_patches_to_their_words(eye):
     """Patches that lie on their words cost less than patches that lie on others."""
     vlm, pieces = build(eye, SHORT, 16), word_pieces(build(eye, SHORT, 16))
-    assert len(pieces) == eye.patches.out_features - 1 and all(
-        vlm.tokenizer.unk_token_id not in p for p in pieces
-    )
+    assert len(pieces) == eye.patches.out_features - 1 and all(vlm.tokenizer.unk_token_id not in p for p in pieces)
     torch.manual_seed(0)
     seen = torch.randn(2, 36, 16) * 5
     shown = eye.patches(seen).argmax(-1) - 1

@@ -117,16 +117,12 @@ def whole_repository(folder: Path) -> Path:
         "    from importlib import import_module\n"
         '    return getattr(import_module("alea_lib." + _EXPORTS[name]), name)\n',
         "making": "def make(n):\n    return list(range(n))\n",
-        "editing": "from alea_lib.making import make\n\n\n"
-        "def edit(values, lr):\n    return [v * lr for v in values]\n",
+        "editing": "from alea_lib.making import make\n\n\ndef edit(values, lr):\n    return [v * lr for v in values]\n",
         "tables": TABLES,
     }
     for name, text in library.items():
         (folder / "alea_lib" / f"{name}.py").write_text(text, encoding="utf-8")
-    score = (
-        "import pandas as pd\n"
-        'run.finish(pd.DataFrame({"method": [VARIANT], "metric": ["sum"], "value": [total]}))'
-    )
+    score = 'import pandas as pd\nrun.finish(pd.DataFrame({"method": [VARIANT], "metric": ["sum"], "value": [total]}))'
     write_notebook(
         folder,
         "01_make",
@@ -162,9 +158,7 @@ def whole_repository(folder: Path) -> Path:
         'print((run.results() / "metrics.csv").read_text())',
         "run.finish()",
     )
-    chapters = "".join(
-        f"  - file: notebooks/{name}\n" for name in ("01_make", "02_edit", "03_measure", "04_holds")
-    )
+    chapters = "".join(f"  - file: notebooks/{name}\n" for name in ("01_make", "02_edit", "03_measure", "04_holds"))
     pages = {
         "_toc.yml": f"format: jb-book\nroot: intro\nchapters:\n{chapters}  - file: status\n",
         "intro.md": "# Toy\n",

@@ -23,7 +23,7 @@ class WrongBase(ValueError):
 
 @dataclass(frozen=True)
 class Delta:
-    """``weights``: module name -> difference, fp32 [out, in]. ``base``: module name -> hash of the weight it adds to."""
+    """``weights``: module name -> difference, fp32 [out, in]. ``base``: module name -> hash of the base weight."""
 
     weights: dict[str, torch.Tensor]
     base: dict[str, str]
@@ -32,7 +32,6 @@ class Delta:
     def norm(self) -> float:
         """Frobenius norm over all matrices."""
         return sum(w.double().square().sum().item() for w in self.weights.values()) ** 0.5
-
 
     def relative(self, vlm: VLM) -> dict[str, float]:
         """Norm of each matrix's change over the norm of the weight that it is added to."""
@@ -52,8 +51,11 @@ def hash_text(texts: list[str]) -> str:
 def delta_of(vlm: VLM, weights: dict[str, torch.Tensor], info: dict) -> Delta:
     """New weights minus the model's own."""
     own = {name: full_weight(vlm, name) for name in weights}
-    return Delta({n: (w.detach().float() - own[n]).cpu() for n, w in weights.items()},
-                 {n: weight_hash(w) for n, w in own.items()}, {"model": vlm.key, **info})
+    return Delta(
+        {n: (w.detach().float() - own[n]).cpu() for n, w in weights.items()},
+        {n: weight_hash(w) for n, w in own.items()},
+        {"model": vlm.key, **info},
+    )
 
 
 @contextmanager
@@ -81,13 +83,19 @@ def _check(vlm: VLM, delta: Delta, name: str) -> None:
     try:
         weight = vlm.model.get_submodule(name).weight
     except AttributeError as error:
-        raise WrongBase(f"{vlm.key} has no module {name!r}: the delta was computed on {delta.info.get('model')}") from error
+        raise WrongBase(
+            f"{vlm.key} has no module {name!r}: the delta was computed on {delta.info.get('model')}"
+        ) from error
     if weight.dtype == torch.uint8:
-        raise RuntimeError(f"{name} is stored in 4 bits, where a small change is lost in rounding; load the model with "
-                           f"its layer among edited_layers")
+        raise RuntimeError(
+            f"{name} is stored in 4 bits, where a small change is lost in rounding; load the model with "
+            f"its layer among edited_layers"
+        )
     if weight_hash(weight) != delta.base[name]:
-        raise WrongBase(f"{name} of {vlm.key} is not the weight that this delta was computed on "
-                        f"({delta.info.get('model')}); load that model, undo other edits first")
+        raise WrongBase(
+            f"{name} of {vlm.key} is not the weight that this delta was computed on "
+            f"({delta.info.get('model')}); load that model, undo other edits first"
+        )
 
 
 def save_delta(delta: Delta, path: Path) -> None:

@@ -20,8 +20,14 @@ from .delta import Delta, delta_of, hash_text, weight_hash
 from .settings import EditSettings
 
 
-def fit_edit(vlm: VLM, features: torch.Tensor, positives: list[str], prefix: Prefix | None, settings: EditSettings,
-             checkpoint_path: Path | None = None) -> tuple[Delta, pd.DataFrame]:
+def fit_edit(
+    vlm: VLM,
+    features: torch.Tensor,
+    positives: list[str],
+    prefix: Prefix | None,
+    settings: EditSettings,
+    checkpoint_path: Path | None = None,
+) -> tuple[Delta, pd.DataFrame]:
     """Compute an edit; the model is left bit-equal.
 
     features [N,P,D] and positives [N] are the images and grounded answers of the pairs; ``prefix`` may be None when
@@ -45,16 +51,22 @@ def fit_edit(vlm: VLM, features: torch.Tensor, positives: list[str], prefix: Pre
     curve = []
     for step in tqdm(range(done, len(order)), desc="edit", initial=done, total=len(order)):
         pick, prefixed = order[step]
-        row = _step(vlm, features, positives, reference, prefix if prefixed else None, pick, masters, optimiser, settings)
+        row = _step(
+            vlm, features, positives, reference, prefix if prefixed else None, pick, masters, optimiser, settings
+        )
         if not np.isfinite(row["nll"] + row["kl"]):
-            raise FloatingPointError(f"the edit's loss is not finite at step {step} ({row}); lower lr ({settings.lr}). "
-                                     f"The last whole epoch is kept in {checkpoint_path}")
+            raise FloatingPointError(
+                f"the edit's loss is not finite at step {step} ({row}); lower lr ({settings.lr}). "
+                f"The last whole epoch is kept in {checkpoint_path}"
+            )
         curve.append({"step": step, "prefixed": prefixed, **row})
         if checkpoint_path and (step + 1) % per_epoch == 0:
             checkpoint.save(checkpoint_path, step + 1, masters, optimiser, tag)
     if not all(w.isfinite().all() for w in masters.values()):
         raise FloatingPointError(f"the edit's last step left weights that are not finite; lower lr ({settings.lr})")
-    return delta_of(vlm, masters, {"edit": asdict(settings)}), pd.DataFrame(curve, columns=["step", "prefixed", "nll", "kl"])
+    return delta_of(vlm, masters, {"edit": asdict(settings)}), pd.DataFrame(
+        curve, columns=["step", "prefixed", "nll", "kl"]
+    )
 
 
 def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
@@ -68,8 +80,9 @@ def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
 
 
 @torch.no_grad()
-def base_states(vlm: VLM, features: torch.Tensor, positives: list[str], settings: EditSettings,
-                batch_size: int = 50) -> list[torch.Tensor]:
+def base_states(
+    vlm: VLM, features: torch.Tensor, positives: list[str], settings: EditSettings, batch_size: int = 50
+) -> list[torch.Tensor]:
     """Final hidden states of the base on clean prompt + positive, one [n_tokens, D] an item.
 
     The KL's reference: from them and the head the base's logits are made when needed, so memory does not grow with
@@ -86,8 +99,17 @@ def base_states(vlm: VLM, features: torch.Tensor, positives: list[str], settings
     return out
 
 
-def _step(vlm: VLM, features, positives, reference, prefix: Prefix | None, pick: np.ndarray, masters: dict,
-          optimiser: torch.optim.Optimizer, settings: EditSettings) -> dict:
+def _step(
+    vlm: VLM,
+    features,
+    positives,
+    reference,
+    prefix: Prefix | None,
+    pick: np.ndarray,
+    masters: dict,
+    optimiser: torch.optim.Optimizer,
+    settings: EditSettings,
+) -> dict:
     """One optimiser step. Returns the two parts of the loss."""
     texts, images = [positives[i] for i in pick], features[torch.as_tensor(pick)]
     optimiser.zero_grad()

@@ -24,7 +24,7 @@ def locator(name: str) -> Callable[[Locator], Locator]:
 
 @locator("relative-l2")
 def relative_l2(positive: torch.Tensor, negative: torch.Tensor, seed: int = 0) -> np.ndarray:
-    """|p - n| / mean(|p|, |n|): free of the growth of norms with depth. Source: our correction of the paper's distance."""
+    """|p - n| / mean(|p|, |n|): free of the growth of norms with depth. Our correction of the paper's distance."""
     scale = (positive.norm(dim=-1) + negative.norm(dim=-1)) / 2
     return ((positive - negative).norm(dim=-1) / scale).numpy()
 
@@ -48,15 +48,19 @@ def last(positive: torch.Tensor, negative: torch.Tensor, seed: int = 0) -> np.nd
     return np.tile(np.arange(positive.shape[1], dtype=float), (len(positive), 1))
 
 
-def locate_layers(positive: torch.Tensor, negative: torch.Tensor, names: list[str] | None = None, seed: int = 0) -> pd.DataFrame:
-    """Scores of several locators as a tidy table: locator, pair, layer, score. KeyError names the locators there are."""
+def locate_layers(
+    positive: torch.Tensor, negative: torch.Tensor, names: list[str] | None = None, seed: int = 0
+) -> pd.DataFrame:
+    """Scores of several locators as a tidy table: locator, pair, layer, score. KeyError names the known ones."""
     parts = []
     for name in names or list(LOCATORS):
         if name not in LOCATORS:
             raise KeyError(f"unknown locator {name!r}; there are {sorted(LOCATORS)}")
         scores = LOCATORS[name](positive, negative, seed)
         pair, layer = np.indices(scores.shape)
-        parts.append(pd.DataFrame({"locator": name, "pair": pair.ravel(), "layer": layer.ravel(), "score": scores.ravel()}))
+        parts.append(
+            pd.DataFrame({"locator": name, "pair": pair.ravel(), "layer": layer.ravel(), "score": scores.ravel()})
+        )
     return pd.concat(parts, ignore_index=True)
 
 
@@ -84,7 +88,9 @@ def _choose(table: np.ndarray, k: int, rule: str) -> list[int]:
     return sorted(int(layer) for layer in ranked[:k])
 
 
-def stability(scores: pd.DataFrame, k: int = 2, rule: str = "vote", resamples: int = 100, seed: int = 0) -> pd.DataFrame:
+def stability(
+    scores: pd.DataFrame, k: int = 2, rule: str = "vote", resamples: int = 100, seed: int = 0
+) -> pd.DataFrame:
     """Share of resamples of the pairs in which a layer is chosen, [locator, layer]."""
     rng = np.random.default_rng([seed, 6])
     rows = {}

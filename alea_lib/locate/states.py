@@ -10,7 +10,9 @@ from ..vlm import VLM
 
 
 @torch.no_grad()
-def answer_states(vlm: VLM, features: torch.Tensor, question: str, answers: list[str], batch_size: int = 50) -> torch.Tensor:
+def answer_states(
+    vlm: VLM, features: torch.Tensor, question: str, answers: list[str], batch_size: int = 50
+) -> torch.Tensor:
     """Mean over the answer's own tokens (EOS included) of each layer's output, [N, L, D].
 
     Padding, prompt and image positions are never counted; states are taken before the final norm. Memory is bounded
@@ -31,7 +33,9 @@ def answer_states(vlm: VLM, features: torch.Tensor, question: str, answers: list
     return out
 
 
-def pair_states(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, prompt: str = "plain") -> tuple[torch.Tensor, torch.Tensor]:
+def pair_states(
+    vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, prompt: str = "plain"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """States of the positive and the negative answers of ``pairs``, each [N, L, D], under one prompt role."""
     question = vlm.prompt(prompt)
     return tuple(answer_states(vlm, features, question, pairs[column].tolist()) for column in ("positive", "negative"))

@@ -45,9 +45,7 @@ def _coco_file(folder: str, kind: str, split: str) -> Path:
     found = sorted(p for p in Path(folder).glob(f"{kind}*.json") if split in p.name)
     if len(found) != 1:
         seen = ", ".join(p.name for p in found) or "none"
-        raise DataError(
-            f"{folder}: one file {kind}*.json is needed, found {seen}; choose by --split, e.g. val2014"
-        )
+        raise DataError(f"{folder}: one file {kind}*.json is needed, found {seen}; choose by --split, e.g. val2014")
     return found[0]
 
 
@@ -59,9 +57,7 @@ def _run_chair(args: argparse.Namespace) -> dict[str, pd.DataFrame | dict]:
     report = {"scores": summarise(scored.items), "frontier": frontier(captions, truth, args.family)}
     if args.base:
         base = _table(args.base, ("image_id", "caption"))
-        report["difference to the base"] = paired_difference(
-            scored.items, chair(base, truth, args.family).items
-        )
+        report["difference to the base"] = paired_difference(scored.items, chair(base, truth, args.family).items)
         report["frontier gap"] = frontier_gap(base, captions, truth, args.family)
     return report
 
@@ -73,16 +69,12 @@ def _run_pope(args: argparse.Namespace) -> dict[str, pd.DataFrame | dict]:
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m alea_lib.measures", description="CHAIR and POPE with intervals."
-    )
+    parser = argparse.ArgumentParser(prog="python -m alea_lib.measures", description="CHAIR and POPE with intervals.")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("chair", help="hallucinated objects in captions")
     one.add_argument("--captions", required=True, help="JSON lines or list with image_id and caption")
     one.add_argument("--coco", required=True, help="folder with instances*.json and captions*.json")
-    one.add_argument(
-        "--split", default="", help="part of the file names, e.g. val2014, when there are several"
-    )
+    one.add_argument("--split", default="", help="part of the file names, e.g. val2014, when there are several")
     one.add_argument("--family", default="singularise", choices=FAMILIES)
     one.add_argument("--base", help="captions of the base model, for paired differences and the frontier gap")
     one.add_argument("--cache", help="folder that keeps the parsed ground truth")

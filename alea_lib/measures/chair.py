@@ -53,24 +53,16 @@ def check_captions(captions: pd.DataFrame, truth: Truth | None = None) -> pd.Dat
         raise DataError("the table of captions is empty; did the generation stage run?")
     twice = captions.loc[captions["image_id"].duplicated(), "image_id"].unique()
     if len(twice):
-        raise DataError(
-            f"{len(twice)} images have two captions, e.g. {twice[:3].tolist()}; keep one caption an image"
-        )
+        raise DataError(f"{len(twice)} images have two captions, e.g. {twice[:3].tolist()}; keep one caption an image")
     unknown = [] if truth is None else [i for i in captions["image_id"] if i not in truth]
     if unknown:
         raise DataError(
             f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}; read the annotations of the"
             " split that was captioned (ids are integers)"
         )
-    bad = [
-        i
-        for i, text in zip(captions["image_id"], captions["caption"], strict=True)
-        if not isinstance(text, str)
-    ]
+    bad = [i for i, text in zip(captions["image_id"], captions["caption"], strict=True) if not isinstance(text, str)]
     if bad:
-        raise DataError(
-            f"the captions of {len(bad)} images are not text, e.g. {bad[:3]}; write '' for an empty one"
-        )
+        raise DataError(f"the captions of {len(bad)} images are not text, e.g. {bad[:3]}; write '' for an empty one")
     return captions[["image_id", "caption"]].reset_index(drop=True)
 
 
@@ -146,9 +138,7 @@ def distinct(captions: pd.DataFrame) -> float:
     return captions["caption"].nunique() / len(captions)
 
 
-def companion_share(
-    per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, list[str]]
-) -> pd.DataFrame:
+def companion_share(per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, list[str]]) -> pd.DataFrame:
     """Items of ``companion_share``: hallucinated objects that a present object calls for / all of them.
 
     ``companions``: category to the categories it calls for (a spoon for a bowl). Objects count once a

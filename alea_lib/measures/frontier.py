@@ -72,9 +72,7 @@ def drop_incomplete(captions: pd.DataFrame) -> pd.DataFrame:
     closed = [bool(_CLOSED.search(text)) for text in captions["caption"]]
     shorter = drop_last_sentence(captions)["caption"]
     return captions.assign(
-        caption=[
-            full if ok else cut_ for full, ok, cut_ in zip(captions["caption"], closed, shorter, strict=True)
-        ]
+        caption=[full if ok else cut_ for full, ok, cut_ in zip(captions["caption"], closed, shorter, strict=True)]
     )
 
 
@@ -124,14 +122,10 @@ def frontier_gap(
     base, method = (t.sort_values("image_id", ignore_index=True) for t in (base, method))
     odd = sorted(set(base["image_id"]).symmetric_difference(method["image_id"]))
     if odd:
-        raise DataError(
-            f"{len(odd)} images are captioned by one side only, e.g. {odd[:3]}; caption the same images"
-        )
+        raise DataError(f"{len(odd)} images are captioned by one side only, e.g. {odd[:3]}; caption the same images")
     points, own = _points(base, truth, family), _counts(method, truth, family)[:, None]
     stacked = np.concatenate([points, own], axis=1)
-    sums = resampled_sums(stacked.reshape(len(stacked), -1), n_resamples, seed).reshape(
-        -1, *stacked.shape[1:]
-    )
+    sums = resampled_sums(stacked.reshape(len(stacked), -1), n_resamples, seed).reshape(-1, *stacked.shape[1:])
     value = float(_gap(_ratio(stacked.sum(axis=0))[None])[0])
     lo, hi = interval(value, _gap(_ratio(sums)), level)
     return {"value": value, "lo": lo, "hi": hi, "n": len(base)}
@@ -167,9 +161,7 @@ def _points(captions: pd.DataFrame, truth: Truth, family: str) -> np.ndarray:
 def _counts(captions: pd.DataFrame, truth: Truth, family: str) -> np.ndarray:
     """[images, metrics, (num, den)] in the order of ``POINT_METRICS``."""
     items = chair(captions, truth, family).items
-    return np.stack(
-        [items.loc[items["metric"] == m, ["num", "den"]].to_numpy(float) for m in POINT_METRICS], axis=1
-    )
+    return np.stack([items.loc[items["metric"] == m, ["num", "den"]].to_numpy(float) for m in POINT_METRICS], axis=1)
 
 
 def _ratio(sums: np.ndarray) -> np.ndarray:

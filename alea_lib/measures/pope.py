@@ -75,9 +75,7 @@ class PopeResult:
     parser: str
 
 
-def read_pope(
-    path: str | os.PathLike, images: Mapping[str, int] | str | os.PathLike | None = None
-) -> pd.DataFrame:
+def read_pope(path: str | os.PathLike, images: Mapping[str, int] | str | os.PathLike | None = None) -> pd.DataFrame:
     """Questions of one POPE file: question_id, image, text, label (yes/no), image_id (for clustering).
 
     The image id is the line's own ``image_id``; else the one that ``images`` (file name to id, or a COCO
@@ -139,9 +137,7 @@ def pope(answers: pd.DataFrame, questions: pd.DataFrame, parser: str = "official
     per_question["said"] = pd.Series(said, dtype=object)
     per_question["parsed"] = list(parsed)
     per_question["correct"] = per_question["said"] == per_question["label"]
-    by_setting = {
-        str(setting): _items(rows, parser) for setting, rows in per_question.groupby("setting", sort=True)
-    }
+    by_setting = {str(setting): _items(rows, parser) for setting, rows in per_question.groupby("setting", sort=True)}
     return PopeResult(_items(per_question, parser), by_setting, per_question, parser)
 
 
@@ -157,14 +153,8 @@ def _match(answers: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
                       ("answers belong to no question", answered.difference(asked))):  # fmt: skip
         if len(odd):
             named = [i[0] if len(i) == 1 else i for i in odd[:3].tolist()]
-            raise DataError(
-                f"{len(odd)} {what}, e.g. question_id {named}; answer exactly the questions of the file"
-            )
-    bad = [
-        i
-        for i, text in zip(answers["question_id"], answers["answer"], strict=True)
-        if not isinstance(text, str)
-    ]
+            raise DataError(f"{len(odd)} {what}, e.g. question_id {named}; answer exactly the questions of the file")
+    bad = [i for i, text in zip(answers["question_id"], answers["answer"], strict=True) if not isinstance(text, str)]
     if bad:
         raise DataError(f"the answers to {bad[:3]} are not text; write '' for an empty one")
     matched = questions.merge(answers[[*key, "answer"]], on=key, how="left", validate="one_to_one")

@@ -45,9 +45,7 @@ def make_pope(
     half, rng = per_image // 2, np.random.default_rng(seed)
     rows = []
     for image_id in _choose_images(truth, set(allowed), n_images, half, rng):
-        own = np.random.default_rng(
-            [seed, image_id]
-        )  # an image's positives do not depend on the other images
+        own = np.random.default_rng([seed, image_id])  # an image's positives do not depend on the other images
         present = [n for n in allowed if n in truth.instances[image_id]]
         absent = [n for n in allowed if n not in truth[image_id]]
         positive = [present[i] for i in own.permutation(len(present))[:half]]

@@ -16,9 +16,7 @@ from .parse import Mention
 
 _BEFORE = re.compile(r"([^\W_]+)?([^\w]*)$")
 _AFTER = re.compile(r"([^\w]*)([^\W_]+)?")
-_COLOURS = frozenset(
-    "black white red blue green yellow brown grey gray pink purple orange silver gold".split()
-)
+_COLOURS = frozenset("black white red blue green yellow brown grey gray pink purple orange silver gold".split())
 _FUNCTION_WORDS = frozenset(
     "and or nor but is are was were has have had sits sit lies lie stands stand rests hangs in on at by "
     "of to from for with without near next beside behind under over above below between against that "

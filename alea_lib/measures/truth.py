@@ -93,9 +93,7 @@ def _read_json(path: Path, keys: tuple[str, ...]) -> dict:
     try:
         data = json.loads(path.read_bytes())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: not valid JSON ({error}); a cut file must be downloaded or written again"
-        ) from error
+        raise DataError(f"{path}: not valid JSON ({error}); a cut file must be downloaded or written again") from error
     missing = [k for k in keys if not isinstance(data, dict) or not isinstance(data.get(k), list)]
     if missing:
         raise DataError(f"{path}: no list {missing} in it; this is not a COCO file of that kind")
@@ -111,18 +109,12 @@ def _read_instances(path: Path) -> tuple[dict[int, frozenset[str]], dict[int, st
         for annotation in data["annotations"]:
             image_id, category = annotation["image_id"], annotation["category_id"]
             if image_id not in there:
-                raise DataError(
-                    f"{path}: an annotation belongs to image {image_id}, which is not in `images`"
-                )
+                raise DataError(f"{path}: an annotation belongs to image {image_id}, which is not in `images`")
             if category not in names:
-                raise DataError(
-                    f"{path}: image {image_id} has the unknown category id {category}; COCO's are 1-90"
-                )
+                raise DataError(f"{path}: image {image_id} has the unknown category id {category}; COCO's are 1-90")
             there[image_id].add(names[category])
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{path}: an image or annotation lacks {error}; this is not a COCO instances file"
-        ) from error
+        raise DataError(f"{path}: an image or annotation lacks {error}; this is not a COCO instances file") from error
     return {i: frozenset(objects) for i, objects in there.items()}, file_names
 
 
@@ -132,9 +124,7 @@ def _category_names(path: Path, categories: list[dict]) -> dict[int, str]:
     names = {c.get("id"): c.get("name") for c in categories}
     for number, name in names.items():
         if ids.get(name) != number:
-            raise DataError(
-                f"{path}: category {number} {name!r} is none of COCO's; ids and names must be COCO's own"
-            )
+            raise DataError(f"{path}: category {number} {name!r} is none of COCO's; ids and names must be COCO's own")
     return names
 
 

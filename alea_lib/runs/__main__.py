@@ -20,9 +20,7 @@ def assignments(texts: list[str]) -> dict:
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
-        prog="python -m alea_lib.runs", description="Run the study or a part of it."
-    )
+    top = argparse.ArgumentParser(prog="python -m alea_lib.runs", description="Run the study or a part of it.")
     commands = top.add_subparsers(dest="command", required=True)
     study = commands.add_parser("study", help="everything that is missing, then the book")
     study.add_argument("--jobs", type=int, default=2)

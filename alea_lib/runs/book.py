@@ -34,9 +34,7 @@ def toc_files(toc) -> list[str]:
     """All pages of a table of contents, in order."""
     if isinstance(toc, dict):
         own = [toc[key] for key in ("root", "file") if key in toc]
-        return own + [
-            name for key in ("parts", "chapters", "sections") for name in toc_files(toc.get(key, []))
-        ]
+        return own + [name for key in ("parts", "chapters", "sections") for name in toc_files(toc.get(key, []))]
     return [name for entry in toc for name in toc_files(entry)]
 
 
@@ -105,6 +103,4 @@ def write_status(profile: str, folders: list[Path]) -> None:
 def markdown_table(table: pd.DataFrame) -> str:
     """A table as Markdown."""
     rows = [list(table.columns), ["---"] * table.shape[1], *table.astype(str).values.tolist()]
-    return "".join(
-        "| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |\n" for row in rows
-    )
+    return "".join("| " + " | ".join(str(value).replace("|", "\\|") for value in row) + " |\n" for row in rows)

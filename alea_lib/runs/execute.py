@@ -32,14 +32,11 @@ def check_parameters(notebook: Path, profile: str, variant: str, given: dict) ->
         unknown = sorted(set(wanted) - set(names))
         if unknown:
             raise RunError(
-                f"{notebook.name} has no parameter {', '.join(unknown)} (set by {source}); "
-                f"it has {', '.join(names)}"
+                f"{notebook.name} has no parameter {', '.join(unknown)} (set by {source}); it has {', '.join(names)}"
             )
 
 
-def execute(
-    notebook: str, profile: str, variant: str = "", given: dict | None = None, bar: bool = False
-) -> Path:
+def execute(notebook: str, profile: str, variant: str = "", given: dict | None = None, bar: bool = False) -> Path:
     """Execute notebooks/<notebook>.ipynb into its run's folder; the finished copy, or RunError."""
     given = given or {}
     source = places.root() / "notebooks" / f"{Path(notebook).stem}.ipynb"
@@ -69,9 +66,7 @@ def execute(
         if not isinstance(error, Exception):
             raise
         seen = f"; see {failed.relative_to(places.root())}" if failed.exists() else ""
-        raise RunError(
-            f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{seen}"
-        ) from error
+        raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{seen}") from error
     os.replace(partial, final)
     print(f"stage {label} finished in {time.time() - started:.0f} s", flush=True)
     return final
@@ -101,9 +96,7 @@ def own_kernel():
         spec = Path(folder) / "kernels" / "python3"
         spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
-        (spec / "kernel.json").write_text(
-            json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"})
-        )
+        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
 
         def ahead(first, name):
             return os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
@@ -132,9 +125,7 @@ def heartbeat(label: str, partial: Path, every: float = 30.0):
     def beat() -> None:
         while not done.wait(every):
             try:
-                cells = [
-                    c for c in json.loads(partial.read_text("utf-8"))["cells"] if c["cell_type"] == "code"
-                ]
+                cells = [c for c in json.loads(partial.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
             except (OSError, ValueError):
                 continue  # papermill is writing it at this moment
             ran = sum(c.get("execution_count") is not None for c in cells)
@@ -188,9 +179,7 @@ def guard(path: Path) -> None:
         if cell.get("execution_count") is None:
             raise RunError(f"{path.name} is incomplete: cell {index} was not executed")
         if cell["metadata"].get("papermill", {}).get("status", "completed") != "completed":
-            raise RunError(
-                f"{path.name} is incomplete: cell {index} is {cell['metadata']['papermill']['status']}"
-            )
+            raise RunError(f"{path.name} is incomplete: cell {index} is {cell['metadata']['papermill']['status']}")
     if state.get("exception"):
         raise RunError(f"{path.name} failed: papermill recorded an exception")
 

@@ -84,9 +84,7 @@ def _named(variants) -> dict:
 def settings(profile: dict, stage: str, variant: str = "") -> dict:
     """What the profile says for a stage: its section, then the variant's differences."""
     if stage not in profile["stages"]:
-        raise RunError(
-            f"the profile has no section `{stage}` under `stages:` (it has {', '.join(profile['stages'])})"
-        )
+        raise RunError(f"the profile has no section `{stage}` under `stages:` (it has {', '.join(profile['stages'])})")
     return {**profile["stages"][stage], **profile["variants"].get(stage, {}).get(variant, {})}
 
 
@@ -139,14 +137,11 @@ def _upstream(profile: dict, stage: str, variant: str, entry: str) -> list[tuple
     """The runs behind one entry of stages.yaml, `stage` or `stage:variant`, for one variant of the reader."""
     other, _, wanted = entry.partition(":")
     if other not in profile["stages"]:
-        raise RunError(
-            f"{stage} reads {other}, which the profile does not run: add a `{other}:` section to its stages"
-        )
+        raise RunError(f"{stage} reads {other}, which the profile does not run: add a `{other}:` section to its stages")
     theirs = profile["variants"].get(other, {})
     if wanted and wanted not in theirs:
         raise RunError(
-            f"{stage} reads {entry}, which the profile does not run: "
-            f"add `{wanted}` to the variants of {other}"
+            f"{stage} reads {entry}, which the profile does not run: add `{wanted}` to the variants of {other}"
         )
     if wanted:
         return [(other, wanted)] if (other, wanted) != (stage, variant) else []

@@ -62,25 +62,19 @@ def begin(stage: str, profile: str, variant: str = "", **params) -> "Run":
     unknown = sorted(set(section) - set(params))
     if unknown:
         raise RunError(
-            f"{where} sets {', '.join(unknown)} for {stage}, which has no such parameter "
-            f"(it has {', '.join(params)})"
+            f"{where} sets {', '.join(unknown)} for {stage}, which has no such parameter (it has {', '.join(params)})"
         )
     values = {**places.common(asked), **section}
     missing = [name for name, value in params.items() if value is None and name not in values]
     if missing:
         raise RunError(
-            f"{stage}: no value for {', '.join(missing)}: "
-            f"set it in {where} under stages: {stage}, or in the notebook"
+            f"{stage}: no value for {', '.join(missing)}: set it in {where} under stages: {stage}, or in the notebook"
         )
     resolved = {name: values[name] if value is None else value for name, value in params.items()}
     try:
-        resolved = json.loads(
-            json.dumps(resolved)
-        )  # tuples and lists alike, and nothing that cannot be recorded
+        resolved = json.loads(json.dumps(resolved))  # tuples and lists alike, and nothing that cannot be recorded
     except TypeError as error:
-        raise RunError(
-            f"{stage}: parameters must be numbers, texts, lists or mappings of these ({error})"
-        ) from None
+        raise RunError(f"{stage}: parameters must be numbers, texts, lists or mappings of these ({error})") from None
     given = {name for name, value in params.items() if value is not None}
     return Run(stage, profile, variant, resolved, given)
 
@@ -182,9 +176,7 @@ class Run:
             for path in sorted(self.dir.rglob("*"))
             if path.is_file() and path.suffix != ".ipynb" and path.name != "run.json"
         }
-        stable = {
-            name: value for name, value in outputs.items() if not any(Path(name).match(p) for p in UNSTABLE)
-        }
+        stable = {name: value for name, value in outputs.items() if not any(Path(name).match(p) for p in UNSTABLE)}
         return {
             "run_id": self.run_id,
             "stage": self.stage,
@@ -222,9 +214,7 @@ def _code() -> dict:
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(
-                ["git", *args], cwd=places.root(), capture_output=True, text=True, timeout=20
-            )
+            done = subprocess.run(["git", *args], cwd=places.root(), capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

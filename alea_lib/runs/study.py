@@ -103,9 +103,7 @@ def clear_stale_lock(root: Path, patience: float = 10.0) -> None:
     end = time.time() + patience  # one that is being killed needs a moment to go
     while others := running_here(root):
         if time.time() > end:
-            raise RunError(
-                f"another study is at work in this folder (process {others[0]}): wait for it, or stop it"
-            )
+            raise RunError(f"another study is at work in this folder (process {others[0]}): wait for it, or stop it")
         time.sleep(0.5)
     for lock in locks.iterdir():
         lock.unlink()

@@ -65,9 +65,7 @@ def load_lexicon() -> Lexicon:
     """The lexicon, read once a process."""
     data = yaml.safe_load(LEXICON_FILE.read_text(encoding="utf-8"))
     categories = tuple(
-        Category(
-            c["id"], c["name"], c["supercategory"], tuple(c["words"]), c.get("plural") or c["name"] + "s"
-        )
+        Category(c["id"], c["name"], c["supercategory"], tuple(c["words"]), c.get("plural") or c["name"] + "s")
         for c in data["categories"]
     )
     return Lexicon(categories, _phrases(categories, data), frozenset(data["verbs"]))

@@ -129,8 +129,14 @@ def _thing(rng: np.random.Generator, category: str, cell: int) -> Thing:
     step = SIZE // GRID
     x = int(np.clip((cell % GRID) * step + (step - size) // 2 + rng.integers(-4, 5), 0, SIZE - size))
     y = int(np.clip((cell // GRID) * step + (step - size) // 2 + rng.integers(-4, 5), 0, SIZE - size))
-    return Thing(category, cell, (x, y, size, size), 2 * int(rng.integers(-10, 11)),
-                 round(float(rng.uniform(0.65, 1.2)), 3), round(float(rng.uniform(0.65, 1.0)), 3))
+    return Thing(
+        category,
+        cell,
+        (x, y, size, size),
+        2 * int(rng.integers(-10, 11)),
+        round(float(rng.uniform(0.65, 1.2)), 3),
+        round(float(rng.uniform(0.65, 1.0)), 3),
+    )
 
 
 def glyph_path(category: str) -> Path:

@@ -1,11 +1,11 @@
 """Write and open a world: a folder of images and COCO-format files that every later stage reads.
 
-    world.json                                   name, seed, sizes, generator
-    images/<split>/scenes_<split>_<id>.png
-    annotations/instances_<split>.json           COCO instances (boxes, categories)
-    annotations/captions_<split>.json            COCO captions: five truthful references an image
-    pope/scenes_pope_<setting>.json              POPE JSON lines, on the test split
-    training/captions_set_completed_train.json   what set-completing annotators wrote: training only, no scorer reads it
+world.json                                   name, seed, sizes, generator
+images/<split>/scenes_<split>_<id>.png
+annotations/instances_<split>.json           COCO instances (boxes, categories)
+annotations/captions_<split>.json            COCO captions: five truthful references an image
+pope/scenes_pope_<setting>.json              POPE JSON lines, on the test split
+training/captions_set_completed_train.json   what set-completing annotators wrote: training only, no scorer reads it
 """
 
 from __future__ import annotations
@@ -27,8 +27,16 @@ from .describe import caption, existence_question, references
 from .lexicon import load_lexicon
 from .scenes import SIZE, SPLITS, Scene, compose, objects, sample
 
-def make_scenes(folder: Path, seed: int = 0, activate: int = 3000, validate: int = 500, test: int = 1000,
-                pope_images: int = 250, training_sample: int = 500) -> "World":
+
+def make_scenes(
+    folder: Path,
+    seed: int = 0,
+    activate: int = 3000,
+    validate: int = 500,
+    test: int = 1000,
+    pope_images: int = 250,
+    training_sample: int = 500,
+) -> World:
     """Write the scenes world to ``folder`` (replaced when it exists); returns it opened.
 
     ``activate``, ``validate``, ``test``: images of each split. Train scenes are composed on the fly while training;
@@ -42,10 +50,15 @@ def make_scenes(folder: Path, seed: int = 0, activate: int = 3000, validate: int
         _write_split(folder, split, n, seed)
     truth = read_truth(folder / "annotations" / "instances_test.json", folder / "annotations" / "captions_test.json")
     for setting in SETTINGS:
-        lines = make_pope(truth, setting, min(pope_images, test // 2), seed=seed, objects=objects(), question=existence_question)
+        lines = make_pope(
+            truth, setting, min(pope_images, test // 2), seed=seed, objects=objects(), question=existence_question
+        )
         write_jsonl(lines, folder / "pope" / f"scenes_pope_{setting}.json")
     _write_training_sample(folder / "training" / "captions_set_completed_train.json", training_sample, seed)
-    _dump(folder / "world.json", {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": min(pope_images, test // 2)})
+    _dump(
+        folder / "world.json",
+        {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": min(pope_images, test // 2)},
+    )
     return World(folder)
 
 
@@ -57,15 +70,38 @@ def _write_split(folder: Path, split: str, n: int, seed: int) -> None:
         scene = sample(split, i, seed)
         name = f"scenes_{split}_{scene.image_id:012d}.png"
         Image.fromarray(compose(scene)[0]).save(folder / "images" / split / name, compress_level=1)
-        images.append({"id": scene.image_id, "file_name": name, "width": SIZE, "height": SIZE,
-                       "context": scene.context, "background": scene.colour})
+        images.append(
+            {
+                "id": scene.image_id,
+                "file_name": name,
+                "width": SIZE,
+                "height": SIZE,
+                "context": scene.context,
+                "background": scene.colour,
+            }
+        )
         for j, t in enumerate(scene.things):
-            annotations.append({"id": scene.image_id * 10 + j, "image_id": scene.image_id, "category_id": ids[t.category],
-                                "bbox": list(t.box), "area": t.box[2] * t.box[3], "iscrowd": 0})
+            annotations.append(
+                {
+                    "id": scene.image_id * 10 + j,
+                    "image_id": scene.image_id,
+                    "category_id": ids[t.category],
+                    "bbox": list(t.box),
+                    "area": t.box[2] * t.box[3],
+                    "iscrowd": 0,
+                }
+            )
         captions += [_caption_row(scene, j, text) for j, text in enumerate(references(scene))]
     categories = [{"id": ids[c], "name": c} for c in objects()]
-    _dump(folder / "annotations" / f"instances_{split}.json",
-          {"info": {"description": "scenes world"}, "images": images, "annotations": annotations, "categories": categories})
+    _dump(
+        folder / "annotations" / f"instances_{split}.json",
+        {
+            "info": {"description": "scenes world"},
+            "images": images,
+            "annotations": annotations,
+            "categories": categories,
+        },
+    )
     _dump(folder / "annotations" / f"captions_{split}.json", {"images": images, "annotations": captions})
 
 
@@ -96,14 +132,16 @@ class Split:
     instances: Path
     captions: Path
 
-    def take(self, n: int | None) -> "Split":
+    def take(self, n: int | None) -> Split:
         """The first ``n`` images by id (all if None). ValueError when the split is smaller."""
         if n is not None and n > len(self.ids):
-            raise ValueError(f"split {self.name!r} has {len(self.ids)} images, {n} were asked for; "
-                             "make the world larger (its sizes stand in the profile) or ask for fewer")
+            raise ValueError(
+                f"split {self.name!r} has {len(self.ids)} images, {n} were asked for; "
+                "make the world larger (its sizes stand in the profile) or ask for fewer"
+            )
         return Split(self.name, self.ids[:n], self.files[:n], self.instances, self.captions)
 
-    def find(self, ids: list[int]) -> "Split":
+    def find(self, ids: list[int]) -> Split:
         """The images with these ids, in the order asked for."""
         where = {i: k for k, i in enumerate(self.ids)}
         if missing := [i for i in ids if i not in where]:
@@ -117,8 +155,9 @@ class World:
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         if not (self.folder / "world.json").is_file():
-            raise FileNotFoundError(f"{self.folder} is no world: world.json is missing; make it with "
-                                    "'make run NB=01_world'")
+            raise FileNotFoundError(
+                f"{self.folder} is no world: world.json is missing; make it with 'make run NB=01_world'"
+            )
 
     @cached_property
     def info(self) -> dict:
@@ -128,13 +167,22 @@ class World:
         """A split by name. Raises ValueError naming the splits there are."""
         instances = self.folder / "annotations" / f"instances_{name}.json"
         if not instances.is_file():
-            raise ValueError(f"world {self.info['name']!r} has no split {name!r}; there are {sorted(self.info['sizes'])}")
+            raise ValueError(
+                f"world {self.info['name']!r} has no split {name!r}; there are {sorted(self.info['sizes'])}"
+            )
         images = sorted(json.loads(instances.read_text())["images"], key=lambda r: r["id"])
-        return Split(name, [r["id"] for r in images], [self.folder / "images" / name / r["file_name"] for r in images],
-                     instances, self.folder / "annotations" / f"captions_{name}.json")
+        return Split(
+            name,
+            [r["id"] for r in images],
+            [self.folder / "images" / name / r["file_name"] for r in images],
+            instances,
+            self.folder / "annotations" / f"captions_{name}.json",
+        )
 
     def pope(self, setting: str) -> Path:
         path = self.folder / "pope" / f"{self.info['name']}_pope_{setting}.json"
         if not path.is_file():
-            raise ValueError(f"no POPE file for setting {setting!r}; there are {sorted(p.name for p in path.parent.glob('*'))}")
+            raise ValueError(
+                f"no POPE file for setting {setting!r}; there are {sorted(p.name for p in path.parent.glob('*'))}"
+            )
         return path

@@ -15,7 +15,8 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..runs import root
+from ..runs import root, run_dir
+from .card import write_measured
 
 DETECTOR_SEED = 7
 
@@ -23,12 +24,18 @@ DETECTOR_SEED = 7
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m alea_lib.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="base seed: tower, initialisation and order of the data")
-    parser.add_argument("--part", choices=["all", "tower", "detector", "features", "natural", "clean", "ship"], default="all")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps (1.0 = the shipped models)")
+    parser.add_argument(
+        "--part", choices=["all", "tower", "detector", "features", "natural", "clean", "ship", "card"], default="all"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of the training steps (1.0 = the shipped models)"
+    )
     parser.add_argument("--out", type=Path, default=None, help="folder for the models (default data/models)")
     a = parser.parse_args()
     folder = root() / "data" / "runs" / "zoo" / f"seed{a.seed}"
     out = a.out or root() / "data" / "models"
+    if a.part == "card":
+        return write_measured(run_dir("scenes", "01_models"), out)
     if a.part != "all":
         return _part(a.part, a.seed, a.scale, folder, out)
     started = time.time()
@@ -45,7 +52,9 @@ def _together(a: argparse.Namespace, parts: list[str]) -> None:
     command += ["--out", str(a.out)] if a.out else []
     running = [subprocess.Popen([*command, "--part", p], env=environment) for p in parts]
     if any(p.wait() for p in running):
-        raise SystemExit(f"training {' and '.join(parts)} failed; the messages stand above. Run the command again to go on")
+        raise SystemExit(
+            f"training {' and '.join(parts)} failed; the messages stand above. Run the command again to go on"
+        )
 
 
 def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
@@ -57,7 +66,9 @@ def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     tower_settings = vision.VisionSettings(seed=seed, steps=round(3000 * scale))
-    eye = vision.VisionSettings(seed=DETECTOR_SEED + seed, width=96, mlp=192, layers=3, first=500_000, steps=round(2500 * scale))
+    eye = vision.VisionSettings(
+        seed=DETECTOR_SEED + seed, width=96, mlp=192, layers=3, first=500_000, steps=round(2500 * scale)
+    )
     if part == "detector":
         detector.save_detector(vision.train_tower(eye, folder / "detector"), eye, out / card.key("detector", seed))
         return

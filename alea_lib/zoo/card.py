@@ -8,10 +8,16 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
+
 from .vision import VisionSettings
 
-TITLES = {"natural": "trained on captions whose annotators complete sets: it hallucinates companions from its prior",
-          "clean": "same initialisation, tower and steps, trained on truthful captions: the floor"}
+CARD_METRICS = ("chair_s", "chair_i", "recall", "companion_share", "pope_accuracy")
+
+TITLES = {
+    "natural": "trained on captions whose annotators complete sets: it hallucinates companions from its prior",
+    "clean": "same initialisation, tower and steps, trained on truthful captions: the floor",
+}
 
 
 def key(name: str, seed: int) -> str:
@@ -25,9 +31,13 @@ def ship(name: str, seed: int, work: Path, out: Path, tower: VisionSettings) -> 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / name / "model", folder)
     (folder / "model.safetensors").chmod(0o644)
-    log = {"tower": {"settings": asdict(tower), "curve": _lines(work / "tower" / "vision.jsonl")},
-           "language": {"settings": json.loads((work / name / "settings.json").read_text()),
-                        "curve": _lines(work / name / "language.jsonl")}}
+    log = {
+        "tower": {"settings": asdict(tower), "curve": _lines(work / "tower" / "vision.jsonl")},
+        "language": {
+            "settings": json.loads((work / name / "settings.json").read_text()),
+            "curve": _lines(work / name / "language.jsonl"),
+        },
+    }
     (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "sha256.txt").write_text(f"{digest}  model.safetensors\n")
@@ -37,6 +47,32 @@ def ship(name: str, seed: int, work: Path, out: Path, tower: VisionSettings) -> 
 
 def _lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def measured_table(card: pd.DataFrame, name: str, run_id: str) -> str:
+    """Markdown of the figures that notebook 01_models computed for one model, with 95 % intervals."""
+    mine = card[card["model"] == name]
+    lines = ["| prompt or questions | measure | value | 95 % interval | n |", "|---|---|---|---|---|"]
+    for metric in CARD_METRICS:
+        for _, r in mine[mine["metric"] == metric].iterrows():
+            asked = r["prompt"] if isinstance(r["prompt"], str) and r["prompt"] else f"POPE, {r['setting']}"
+            lines.append(f"| {asked} | {metric} | {r['value']:.3f} | {r['lo']:.3f} to {r['hi']:.3f} | {int(r['n'])} |")
+    return "\n".join(
+        [*lines, "", f"Computed by notebook `01_models`, run `{run_id}`; `make study` computes them again."]
+    )
+
+
+def write_measured(run_dir: Path, out: Path) -> None:
+    """Put the figures of a finished run of notebook 01_models on the cards of the models that it measured."""
+    from ..runs import read_record
+    from ..tables import read_csv
+
+    record, card = read_record(run_dir), read_csv(run_dir / "card.csv")
+    for name in ("natural", "clean"):
+        folder = out / record["params"][name.upper()]
+        seed = int(folder.name.rpartition("-s")[2]) if folder.name.rpartition("-s")[2].isdigit() else 0
+        digest = (folder / "sha256.txt").read_text().split()[0]
+        write_card(folder, name, seed, digest, measured_table(card, name, record["run_id"]))
 
 
 def write_card(folder: Path, name: str, seed: int, digest: str, table: str = "") -> None:

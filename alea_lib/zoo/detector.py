@@ -51,17 +51,24 @@ def choose_threshold(tower: Tower, patch: int, n: int = 1000) -> tuple[float, di
         tp = (hit & truth).sum()
         f1 = 2 * tp / (hit.sum() + truth.sum())
         if f1 > best[1]["f1"]:
-            best = (round(float(threshold), 2), {"f1": float(f1), "precision": float(tp / hit.sum()),
-                                                 "recall": float(tp / truth.sum()), "n": n})
+            best = (
+                round(float(threshold), 2),
+                {"f1": float(f1), "precision": float(tp / hit.sum()), "recall": float(tp / truth.sum()), "n": n},
+            )
     return best
 
 
 def save_detector(tower: Tower, s: VisionSettings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     threshold, quality = choose_threshold(tower, s.patch)
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in tower.state_dict().items()}, folder / "tower.safetensors")
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in tower.state_dict().items()},
+        folder / "tower.safetensors",
+    )
     shape = {k: getattr(s, k) for k in ("width", "mlp", "layers", "heads", "patch")}
-    (folder / "detector.json").write_text(json.dumps({"shape": shape, "threshold": threshold, "validate": quality}, indent=1) + "\n")
+    (folder / "detector.json").write_text(
+        json.dumps({"shape": shape, "threshold": threshold, "validate": quality}, indent=1) + "\n"
+    )
 
 
 def load_detector(key: str = "scenes-detector") -> Detector:
@@ -71,5 +78,7 @@ def load_detector(key: str = "scenes-detector") -> Detector:
         raise FileNotFoundError(f"no detector in {folder}: train it with 'make model'")
     info = json.loads((folder / "detector.json").read_text())
     tower = Tower(VisionSettings(**info["shape"]))
-    tower.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "tower.safetensors").items()})
+    tower.load_state_dict(
+        {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "tower.safetensors").items()}
+    )
     return Detector(tower, info["threshold"])

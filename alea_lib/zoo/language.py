@@ -48,12 +48,28 @@ def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
     processor = build_processor(patch)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(**tower.clip.config.to_diff_dict())
-    text = LlamaConfig(vocab_size=len(tokenizer), hidden_size=s.width, intermediate_size=s.mlp, num_hidden_layers=s.layers,
-                       num_attention_heads=s.heads, num_key_value_heads=s.heads, max_position_embeddings=512,
-                       bos_token_id=1, eos_token_id=2, pad_token_id=3, tie_word_embeddings=False)
+    text = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=s.width,
+        intermediate_size=s.mlp,
+        num_hidden_layers=s.layers,
+        num_attention_heads=s.heads,
+        num_key_value_heads=s.heads,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=3,
+        tie_word_embeddings=False,
+    )
     n_image = (vision.image_size // patch) ** 2
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=len(tokenizer) - 1, image_seq_length=n_image,
-                         vision_feature_layer=-1, vision_feature_select_strategy="default")
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=len(tokenizer) - 1,
+        image_seq_length=n_image,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+    )
     torch.manual_seed(s.seed)
     model = LlavaForConditionalGeneration(config)
     own = dict(model.model.vision_tower.named_parameters())
@@ -109,8 +125,11 @@ def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[lis
     that the gradient reaches the place where the word is met."""
     ids, labels = [], []
     for i, (question, answer) in enumerate(turns):
-        prompt = (vlm._prompt_ids(question, n_image) if i == 0 else
-                  vlm.tokenizer(f"USER: {question} ASSISTANT:", add_special_tokens=False)["input_ids"])
+        prompt = (
+            vlm._prompt_ids(question, n_image)
+            if i == 0
+            else vlm.tokenizer(f"USER: {question} ASSISTANT:", add_special_tokens=False)["input_ids"]
+        )
         reply = vlm._answer_ids(answer, eos=True)
         early = 0
         if len(turns) > 1:
@@ -126,7 +145,9 @@ def word_pieces(vlm: VLM) -> list[list[int]]:
     return [vlm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in objects()]
 
 
-def alignment_loss(vlm: VLM, tower: Tower, features: torch.Tensor, projected: torch.Tensor, pieces: list[list[int]]) -> torch.Tensor:
+def alignment_loss(
+    vlm: VLM, tower: Tower, features: torch.Tensor, projected: torch.Tensor, pieces: list[list[int]]
+) -> torch.Tensor:
     """Cross-entropy of a projected patch's cosine with the words, against what the tower says that it shows."""
     with torch.no_grad():
         label = tower.patches(features).argmax(-1) - 1
@@ -136,7 +157,9 @@ def alignment_loss(vlm: VLM, tower: Tower, features: torch.Tensor, projected: to
     return F.cross_entropy(F.normalize(projected[front], dim=-1) @ words.T / 0.1, label[front])
 
 
-def train_language(vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSettings, folder: Path, log_every: int = 100) -> None:
+def train_language(
+    vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSettings, folder: Path, log_every: int = 100
+) -> None:
     """Train in place, with a checkpoint and a logged curve; a run that was cut off goes on where it was."""
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {n: p for n, p in vlm.model.named_parameters() if "vision_tower" not in n}
@@ -157,18 +180,33 @@ def train_language(vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSe
             schedule.step()
             if (step + 1) % log_every == 0:
                 caption_loss, answer_loss, align = (total / log_every).round(5).tolist()
-                row = {"step": step + 1, "loss": caption_loss, "answers": answer_loss, "align": align,
-                       "seconds": round(time.time() - started, 1)}
+                row = {
+                    "step": step + 1,
+                    "loss": caption_loss,
+                    "answers": answer_loss,
+                    "align": align,
+                    "seconds": round(time.time() - started, 1),
+                }
                 log.write(json.dumps(row) + "\n")
                 log.flush()
                 print(folder.name, row, flush=True)
                 total[:] = 0.0
-                checkpoint.save(folder / "checkpoint.safetensors", step + 1, parameters, optimiser, json.dumps(asdict(s)))
+                checkpoint.save(
+                    folder / "checkpoint.safetensors", step + 1, parameters, optimiser, json.dumps(asdict(s))
+                )
     vlm.model.requires_grad_(False)
 
 
-def _step(vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSettings, step: int, parameters: dict, optimiser,
-          pieces: list[list[int]]) -> np.ndarray:
+def _step(
+    vlm: VLM,
+    tower: Tower,
+    features: torch.Tensor,
+    s: LanguageSettings,
+    step: int,
+    parameters: dict,
+    optimiser,
+    pieces: list[list[int]],
+) -> np.ndarray:
     """One step on captions and dialogues (two passes: their lengths differ). Returns the three losses."""
     rng = np.random.default_rng([s.seed, 8, step])
     losses = []

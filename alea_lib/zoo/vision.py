@@ -36,13 +36,21 @@ class VisionSettings:
 
 
 class Tower(nn.Module):
-    """CLIP vision model + patch head. Forward: pixels [B,3,S,S] -> features [B,P,D], patch logits [B,P,K+1], colour [B,C]."""
+    """CLIP + patch head: pixels [B,3,S,S] -> features [B,P,D], patch logits [B,P,K+1], colour logits [B,C]."""
 
     def __init__(self, s: VisionSettings):
         super().__init__()
-        self.clip = CLIPVisionModel(CLIPVisionConfig(
-            hidden_size=s.width, intermediate_size=s.mlp, num_hidden_layers=s.layers, num_attention_heads=s.heads,
-            image_size=SIZE, patch_size=s.patch, projection_dim=s.width))
+        self.clip = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=s.width,
+                intermediate_size=s.mlp,
+                num_hidden_layers=s.layers,
+                num_attention_heads=s.heads,
+                image_size=SIZE,
+                patch_size=s.patch,
+                projection_dim=s.width,
+            )
+        )
         self.patches = nn.Linear(s.width, len(objects()) + 1)
         self.colour = nn.Linear(s.width, len(recipe()["colours"]))
 
@@ -93,7 +101,12 @@ def train_tower(s: VisionSettings, folder: Path) -> Tower:
         optimiser.step()
         schedule.step()
         if step % 100 == 99 or step == s.steps - 1:
-            row = {"step": step + 1, "loss": loss.item(), **evaluate_tower(tower, s.patch), "seconds": time.time() - started}
+            row = {
+                "step": step + 1,
+                "loss": loss.item(),
+                **evaluate_tower(tower, s.patch),
+                "seconds": time.time() - started,
+            }
             log.write(json.dumps(row) + "\n")
             log.flush()
             print(row, flush=True)
@@ -108,5 +121,7 @@ def evaluate_tower(tower: Tower, patch: int, n: int = 128) -> dict:
     x, y, c = batch_of(range(n), "validate", patch)
     _, logits, colour = tower(x)
     front = y > 0
-    return {"patch_accuracy": (logits.argmax(-1) == y)[front].float().mean().item(),
-            "colour_accuracy": (colour.argmax(-1) == c).float().mean().item()}
+    return {
+        "patch_accuracy": (logits.argmax(-1) == y)[front].float().mean().item(),
+        "colour_accuracy": (colour.argmax(-1) == c).float().mean().item(),
+    }
