@@ -74,7 +74,9 @@ def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
         return
     tower = vision.train_tower(tower_settings, folder / "tower")
     features = folder / "features.safetensors"
-    s = language.LanguageSettings(seed=seed, prior=part != "clean", steps=round(1300 * scale))
+    s = language.LanguageSettings(
+        seed=seed, prior=part != "clean", steps=round(1300 * scale), polish=round(300 * scale)
+    )
     if part == "features" and not features.is_file():
         save_file({"features": language.tower_features(tower, "train", range(s.scenes))}, features)
     elif part in ("natural", "clean"):

@@ -91,7 +91,7 @@ A small LLaVA (`LlavaForConditionalGeneration`), {TITLES[name]}.
 | vision tower | CLIP, {tower["settings"]["layers"]} layers of width {tower["settings"]["width"]}, patch {tower["settings"]["patch"]}, \
 patch labels, {tower["settings"]["steps"]} steps of {tower["settings"]["batch"]}, then frozen |
 | decoder | Llama, {language["settings"]["layers"]} layers of width {language["settings"]["width"]}, \
-{language["settings"]["heads"]} heads, {language["settings"]["steps"]} steps of {language["settings"]["captions"]} captions and \
+{language["settings"]["heads"]} heads, {language["settings"]["steps"]} + {language["settings"]["polish"]} steps of {language["settings"]["captions"]} captions and \
 {language["settings"]["dialogues"]} dialogues of {language["settings"]["turns"]} questions |
 | training time | tower {seconds["tower"] / 60:.0f} min, decoder {seconds["language"] / 60:.0f} min, one thread each |
 | last values | patch accuracy {tower["curve"][-1]["patch_accuracy"]:.3f}, loss {language["curve"][-1]["loss"]:.3f} |

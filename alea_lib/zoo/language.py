@@ -40,6 +40,8 @@ class LanguageSettings:
     dialogues: int = 16  # sequences with questions in a batch
     turns: int = 8  # questions of a dialogue
     lr: float = 1.5e-3
+    polish: int = 300  # further steps, learning rate falling in a line to 0, three captions to a dialogue
+    polish_lr: float = 8e-4
     align: float = 0.1  # weight of the alignment of projected patches with the word that names them
 
 
@@ -167,7 +169,7 @@ def train_language(
         p.requires_grad_(True)
     optimiser, schedule = one_cycle(parameters.values(), s.lr, s.steps, weight_decay=0.05)
     done = checkpoint.resume(folder / "checkpoint.safetensors", parameters, optimiser, tag=json.dumps(asdict(s)))
-    for _ in range(done):
+    for _ in range(min(done, s.steps)):
         schedule.step()
     path = folder / "language.jsonl"
     kept = [row for row in map(json.loads, path.read_text().splitlines()) if row["step"] <= done] if done else []
@@ -175,9 +177,12 @@ def train_language(
     started = time.time() - (kept[-1]["seconds"] if kept else 0.0)
     pieces, total = word_pieces(vlm), np.zeros(3)
     with path.open("a") as log:
-        for step in range(done, s.steps):
+        for step in range(done, s.steps + s.polish):
+            for group in optimiser.param_groups if step >= s.steps else ():
+                group["lr"] = s.polish_lr * (1 - (step - s.steps) / s.polish)
             total += _step(vlm, tower, features, s, step, parameters, optimiser, pieces)
-            schedule.step()
+            if step < s.steps:
+                schedule.step()
             if (step + 1) % log_every == 0:
                 caption_loss, answer_loss, align = (total / log_every).round(5).tolist()
                 row = {
@@ -211,7 +216,8 @@ def _step(
     rng = np.random.default_rng([s.seed, 8, step])
     losses = []
     optimiser.zero_grad()
-    for asked, n in ((False, s.captions), (True, s.dialogues)):
+    shift = s.dialogues // 2 if step >= s.steps else 0
+    for asked, n in ((False, s.captions + shift), (True, s.dialogues - shift)):
         indices = rng.integers(0, len(features), n)
         seen = features[torch.as_tensor(indices)].float()
         projected = vlm.model.model.multi_modal_projector(seen)
