@@ -111,8 +111,8 @@ def intervals(
     zero: bool = False,
 ) -> Figure:
     """Points with their 95 % intervals (columns value, lo, hi, label), one line each; colours by ``group``."""
-    groups = list(dict.fromkeys(table[group])) if group else [None]
-    names = list(dict.fromkeys(table[label]))
+    groups = _in_order(table[group]) if group else [None]
+    names = _in_order(table[label])
     figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.34 * len(names) * max(1, 0.7 * len(groups))))
     for g, name in enumerate(groups):
         part = table[table[group] == name] if group else table
@@ -128,6 +128,12 @@ def intervals(
     if group:
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _in_order(values: pd.Series) -> list[str]:
+    """The different values: methods in the order of ``METHODS``, others as they come."""
+    found = list(dict.fromkeys(values))
+    return sorted(found, key=list(METHODS).index) if set(found) <= set(METHODS) else found
 
 
 def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str) -> Figure:

@@ -98,7 +98,7 @@ def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str) -> pd.S
 
 
 def headline(metrics: pd.DataFrame) -> pd.DataFrame:
-    """Method by measure, 'value [lo, hi]'; an empty cell is a measure that is not defined for the method."""
+    """Measure by method, 'value [lo, hi]'; an empty cell is a measure that is not defined for the method."""
     wanted = [
         "chair_s",
         "chair_i",
@@ -114,6 +114,6 @@ def headline(metrics: pd.DataFrame) -> pd.DataFrame:
     rows = metrics[(metrics["model"] == model) & metrics["metric"].isin(wanted)]
     rows = rows[rows["setting"].eq("all") | (rows["prompt"].eq("plain") & rows["benchmark"].ne("pope"))]
     text = rows.apply(lambda r: f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]", axis=1)
-    table = rows.assign(text=text).pivot(index="method", columns="metric", values="text")
-    order = [m for m in ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed") if m in table.index]
-    return table.reindex(index=order, columns=wanted).fillna("")
+    table = rows.assign(text=text).pivot(index="metric", columns="method", values="text")
+    order = [m for m in ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed") if m in table.columns]
+    return table.reindex(index=wanted, columns=order).fillna("")

@@ -91,7 +91,7 @@ def test_headline_leaves_undefined_cells_empty():
         row("pope_accuracy", "pope", "base", 0.9, 0.8, 1.0, setting="random"),
     ]
     table = headline(pd.DataFrame(rows))
-    assert table.index.tolist() == ["base", "truncation"]
-    assert table.loc["base", "chair_s"] == "0.500 [0.400, 0.600]"
-    assert table.loc["base", "pope_accuracy"] == "0.800 [0.700, 0.900]"
-    assert table.loc["truncation", "pope_accuracy"] == "" and table.loc["base", "frontier_gap"] == ""
+    assert table.columns.tolist() == ["base", "truncation"]
+    assert table.loc["chair_s", "base"] == "0.500 [0.400, 0.600]"
+    assert table.loc["pope_accuracy", "base"] == "0.800 [0.700, 0.900]"
+    assert table.loc["pope_accuracy", "truncation"] == "" and table.loc["frontier_gap", "base"] == ""
