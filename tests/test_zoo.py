@@ -26,7 +26,7 @@ from alea_lib.zoo.vision import Tower, VisionSettings, batch_of, train_tower
 
 EYE = VisionSettings(width=16, mlp=32, layers=1, heads=2, steps=6, batch=8)
 SHORT = LanguageSettings(
-    width=32, mlp=64, layers=2, heads=2, scenes=20, steps=24, captions=3, dialogues=3, turns=4, lr=3e-3
+    polish=0, width=32, mlp=64, layers=2, heads=2, scenes=20, steps=24, captions=3, dialogues=3, turns=4, lr=3e-3
 )
 
 
@@ -216,7 +216,7 @@ def test_shipping_writes_a_card_of_what_happened(eye, features, tmp_path):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert (folder / "sha256.txt").read_text().split()[0] == digest
     text = (folder / "README.md").read_text()
-    assert digest[:16] in text and "make model SEED=3" in text and "4 steps" in text
+    assert digest[:16] in text and "make model SEED=3" in text and "4 + 0 steps" in text
     log = json.loads((folder / "training.json").read_text())
     assert log["language"]["settings"]["steps"] == 4 and log["tower"]["settings"]["width"] == 16
     assert all(t.dtype == torch.float16 for t in load_file(folder / "model.safetensors").values())
