@@ -56,6 +56,7 @@ UNTESTED = (
     ("It generalises to other model families", "open in the paper", "cannot be tested in one small world"),
     ("People prefer the captions", "open in the paper", "not answered here"),
 )
+METHOD_ORDER = ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed")
 OTHER_WORLD = "not run: needs a GPU"
 
 
@@ -86,15 +87,48 @@ def claims(metrics: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "paper", "method", "evidence", "n", "scenes", "coco"])
 
 
+def studied(metrics: pd.DataFrame) -> str:
+    """The model that is edited: that of the first row of another method than base (else of the first row)."""
+    edited = metrics[metrics["method"] != "base"]
+    return (edited if len(edited) else metrics)["model"].iloc[0]
+
+
 def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str) -> pd.Series:
     """The single row of a measure on the test split, plain prompt, over all POPE settings."""
-    found = metrics[(metrics["metric"] == metric) & (metrics["benchmark"] == benchmark) & (metrics["method"] == method)]
+    mine = (metrics["model"] == studied(metrics)) & (metrics["method"] == method)
+    found = metrics[mine & (metrics["metric"] == metric) & (metrics["benchmark"] == benchmark)]
     found = found[(found["setting"] == "all") if benchmark == "pope" else (found["prompt"] == "plain")]
     if len(found) != 1:
         raise KeyError(
             f"metrics.csv has {len(found)} rows of {metric} for {method}, expected one: run notebook 06_measure for it"
         )
     return found.iloc[0]
+
+
+def finding(metrics: pd.DataFrame) -> str:
+    """What came out, as a list in markdown: one line a method, percentages with 95 % intervals, n."""
+    if not (metrics["metric"] == "chair_s").any():
+        return "This profile measures no captions.\n"
+    base = one(metrics, "chair_s", "chair", "base")
+    lines = [
+        f"Over {int(base['n'])} test pictures the unedited model names an absent object in {_percent(base)} "
+        "of its captions."
+    ]
+    for method in [m for m in METHOD_ORDER[1:] if (metrics["method"] == m).any()]:
+        wrong, lost, gap = (one(metrics, m, "chair", method) for m in ("chair_s", "recall_diff", "frontier_gap"))
+        lines.append(
+            f"`{method}`: {_percent(wrong)}; recall changes by {_points(lost)}; "
+            f"{_points(gap)} below the truncation frontier."
+        )
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def _percent(row: pd.Series) -> str:
+    return f"{row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})"
+
+
+def _points(row: pd.Series) -> str:
+    return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
 
 
 def headline(metrics: pd.DataFrame) -> pd.DataFrame:
@@ -109,11 +143,9 @@ def headline(metrics: pd.DataFrame) -> pd.DataFrame:
         "attn_last_max",
         "frontier_gap",
     ]
-    # the base model's own row comes from 06_measure; chapter 01's rows of other prompts and models carry no attention
-    model = metrics.loc[metrics["metric"] == "attn_last_max", "model"].iloc[0]
-    rows = metrics[(metrics["model"] == model) & metrics["metric"].isin(wanted)]
+    rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
     rows = rows[rows["setting"].eq("all") | (rows["prompt"].eq("plain") & rows["benchmark"].ne("pope"))]
     text = rows.apply(lambda r: f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]", axis=1)
     table = rows.assign(text=text).pivot(index="metric", columns="method", values="text")
-    order = [m for m in ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed") if m in table.columns]
+    order = [m for m in METHOD_ORDER if m in table.columns]
     return table.reindex(index=wanted, columns=order).fillna("")

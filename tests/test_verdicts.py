@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from alea_lib.verdicts import CLAIMS, KEPT, UNTESTED, claims, headline, kept, one, verdict
+from alea_lib.verdicts import CLAIMS, KEPT, UNTESTED, claims, finding, headline, kept, one, verdict
 
 
 @pytest.mark.parametrize(
@@ -95,3 +95,15 @@ def test_headline_leaves_undefined_cells_empty():
     assert table.loc["chair_s", "base"] == "0.500 [0.400, 0.600]"
     assert table.loc["pope_accuracy", "base"] == "0.800 [0.700, 0.900]"
     assert table.loc["pope_accuracy", "truncation"] == "" and table.loc["frontier_gap", "base"] == ""
+
+
+def test_the_finding_states_values_intervals_and_signs():
+    rows = [row("chair_s", "chair", "base", 0.5, 0.4, 0.6)]
+    rows += [
+        row("chair_s", "chair", "alea-mixed", 0.1, 0.05, 0.2),
+        row("recall_diff", "chair", "alea-mixed", -0.01, -0.02, 0.0),
+        row("frontier_gap", "chair", "alea-mixed", 0.3, 0.2, 0.4),
+    ]
+    text = finding(pd.DataFrame(rows))
+    assert "50.0% (40.0% to 60.0%)" in text and "10.0% (5.0% to 20.0%)" in text
+    assert "-1.0 points (-2.0 to +0.0)" in text and "+30.0 points" in text and "truncation`" not in text
