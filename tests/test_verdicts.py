@@ -3,7 +3,19 @@
 import pandas as pd
 import pytest
 
-from alea_lib.verdicts import CLAIMS, KEPT, UNTESTED, claims, finding, headline, kept, one, verdict
+from alea_lib.verdicts import (
+    ADVERSARY,
+    CLAIMS,
+    KEPT,
+    UNTESTED,
+    adversary,
+    claims,
+    finding,
+    headline,
+    kept,
+    one,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,12 +60,22 @@ def row(metric, benchmark, method, value, lo, hi, **more):
 
 def all_rows():
     wanted = {(metric, benchmark, method) for _, _, metric, benchmark, method, _ in (*CLAIMS, *KEPT)}
+    wanted |= {("chair_s_diff", "chair", "no-prefix")}
     return [row(*key, -0.10, -0.20, -0.05) for key in sorted(wanted)]
+
+
+@pytest.mark.parametrize("shift, judged", [(0.0, "not shown"), (0.5, "holds"), (-0.5, "does not hold")])
+def test_the_adversary_is_judged_against_plain_editing(shift, judged):
+    rows = all_rows()
+    for r in rows:
+        if r["method"] == "no-prefix":
+            r.update({k: r[k] + shift for k in ("value", "lo", "hi")})
+    assert adversary(pd.DataFrame(rows), "alea-mixed")[5] == judged
 
 
 def test_table_of_claims():
     table = claims(pd.DataFrame(all_rows()))
-    assert len(table) == len(CLAIMS) + len(KEPT) + len(UNTESTED)
+    assert len(table) == len(CLAIMS) + len(KEPT) + len(ADVERSARY) + len(UNTESTED)
     assert list(table.columns) == ["claim", "paper", "method", "evidence", "n", "scenes", "coco"]
     found = table.set_index(["claim", "method"])["scenes"]
     assert found["The edit lowers hallucination in captions", "alea-corrected"] == "holds"  # asks for less
