@@ -61,7 +61,7 @@ def gallery(
             fontsize=8,
             fontweight="normal",
             loc="left",
-            y=-0.02,
+            y=-0.05,
             va="top",
         )
     return figure
