@@ -68,6 +68,7 @@ _EXPORTS = {
     "read_evaluated": "scoring",
     "write_evaluated": "scoring",
     "claims": "verdicts",
+    "finding": "verdicts",
     "headline": "verdicts",
     "figures": "figures",
 }

@@ -1,13 +1,13 @@
 """The edit: what is learnt from what, that the model stays as it was, and the delta's life on disk."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_tiny
+from safetensors import safe_open
 
 from alea_lib import checkpoint
 from alea_lib.edit import fit
@@ -374,7 +374,9 @@ def test_the_checkpoint_keeps_the_last_good_weights(tiny, seen, told, prefix, tm
         fit_edit(tiny, seen, told, prefix, SHORT, path)
     weight = torch.zeros(64, 128, requires_grad=True)
     masters = {down(tiny, 1): weight, down(tiny, 3): torch.zeros(64, 128, requires_grad=True)}
-    done = checkpoint.resume(path, masters, torch.optim.AdamW(masters.values()), json.dumps(dataclasses.asdict(SHORT)))
+    with safe_open(path, "pt") as kept:
+        tag = kept.metadata()["tag"]
+    done = checkpoint.resume(path, masters, torch.optim.AdamW(masters.values()), tag)
     assert done == 2 and weight.isfinite().all() and weight.norm() > 0
 
 

@@ -50,7 +50,8 @@ def build(profile: str) -> Path:
     for name, folder in zip(shown, folders, strict=True):
         copy_page(folder / "notebook.ipynb", root / "book" / f"{name}.ipynb")
     write_status(profile, finished(profile, places.plan(profile)))
-    write_finding(profile)
+    for text in [path for folder in folders for path in sorted(folder.glob("*.md"))]:
+        shutil.copyfile(text, root / "book" / "generated" / text.name)  # sentences with numbers, written by chapters
     index = root / "_build" / "html" / "index.html"
     shutil.rmtree(index.parent, ignore_errors=True)
     program = [
@@ -66,15 +67,6 @@ def build(profile: str) -> Path:
         raise RunError("jupyter-book did not build the book:\n  " + "\n  ".join(told))
     print(f"book built from profile {profile}: {index.relative_to(root)}", flush=True)
     return index
-
-
-def write_finding(profile: str) -> None:
-    """book/generated/finding.md: the first page's sentences, with the numbers of this run's tables."""
-    from alea_lib.tables import read_metrics
-    from alea_lib.verdicts import finding
-
-    text = finding(read_metrics(places.results_dir(profile) / "metrics.csv"))
-    (places.root() / "book" / "generated" / "finding.md").write_text(text, encoding="utf-8")
 
 
 def write_status(profile: str, folders: list[Path]) -> None:
