@@ -380,6 +380,15 @@ def test_the_checkpoint_keeps_the_last_good_weights(tiny, seen, told, prefix, tm
     assert done == 2 and weight.isfinite().all() and weight.norm() > 0
 
 
+def test_equal_deltas_are_equal_files(tiny, seen, told, prefix, tmp_path):
+    delta, _ = fit_edit(tiny, seen, told, prefix, SHORT)
+    written = set()
+    for i in range(6):
+        save_delta(delta, tmp_path / f"{i}.safetensors")
+        written.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(written) == 1
+
+
 def test_no_pairs(tiny, seen):
     with pytest.raises(ValueError, match="no pairs"):
         fit_edit(tiny, seen[:0], [], None, dataclasses.replace(SHORT, prefix_share=0.0))

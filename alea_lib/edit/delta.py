@@ -101,7 +101,8 @@ def _check(vlm: VLM, delta: Delta, name: str) -> None:
 def save_delta(delta: Delta, path: Path) -> None:
     """Safetensors with the base's hashes and the run's settings in the metadata; written atomically."""
     partial = path.with_suffix(".partial")
-    meta = {"base": json.dumps(delta.base, sort_keys=True), "info": json.dumps(delta.info, sort_keys=True)}
+    # one key: safetensors writes several in no fixed order, and equal deltas should be equal files
+    meta = {"delta": json.dumps({"base": delta.base, "info": delta.info}, sort_keys=True)}
     try:
         save_file({n: w.contiguous() for n, w in delta.weights.items()}, partial, metadata=meta)
         partial.replace(path)
@@ -117,6 +118,7 @@ def load_delta(path: Path) -> Delta:
         with safe_open(path, "pt") as f:
             meta = f.metadata() or {}
             weights = {k: f.get_tensor(k) for k in f.keys()}
-        return Delta(weights, json.loads(meta["base"]), json.loads(meta["info"]))
+        about = json.loads(meta["delta"])
+        return Delta(weights, about["base"], about["info"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a whole delta file ({error}); make it again with notebook 05_edit") from error
