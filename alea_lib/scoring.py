@@ -13,7 +13,7 @@ from .measures.pope import pope
 from .measures.truth import Truth
 from .probe import attention_share, captions, pope_answers
 from .stats import paired_difference, summarise
-from .tables import DIFFERENCE, metric_rows
+from .tables import DIFFERENCE, metric_rows, read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
 from .vlm import VLM
 from .worlds.write import Split
 
@@ -100,8 +100,6 @@ def _rows(group: tuple, summary: pd.DataFrame, keys: dict) -> pd.DataFrame:
 
 def read_evaluated(folder) -> Evaluated:
     """What ``write_evaluated`` wrote."""
-    from .tables import read_jsonl, read_parquet
-
     return Evaluated(
         pd.DataFrame(read_jsonl(folder / "captions.jsonl")), read_parquet(folder / "items.parquet"), _notes([])
     )
@@ -109,8 +107,6 @@ def read_evaluated(folder) -> Evaluated:
 
 def write_evaluated(found: Evaluated, folder) -> None:
     """Captions as JSON lines, items as parquet, notes as csv (only if there are any)."""
-    from .tables import write_csv, write_jsonl, write_parquet
-
     write_jsonl(found.captions, folder / "captions.jsonl")
     write_parquet(found.items, folder / "items.parquet")
     if len(found.notes):

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from .families import Family, family
+from .families import Family, chat, family
 from .runs import root
 
 SKIP_4BIT = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -110,10 +110,7 @@ class VLM:
             out += [p.reshape(1, -1, p.shape[-1]) for p in parts]
         return torch.cat(out)
 
-    def chat(self, question: str) -> str:
-        from .families import chat
-
-        return chat(question)
+    chat = staticmethod(chat)
 
     def encode(
         self,
