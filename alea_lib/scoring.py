@@ -11,7 +11,8 @@ from .measures.chair import chair
 from .measures.frontier import drop_last_sentence, frontier_gap
 from .measures.pope import pope
 from .measures.truth import Truth
-from .probe import attention_share, captions, pope_answers
+from .probe.answers import captions, pope_answers
+from .probe.grounding import attention_share
 from .stats import paired_difference, summarise
 from .tables import DIFFERENCE, metric_rows, read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
 from .vlm import VLM

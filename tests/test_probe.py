@@ -6,7 +6,8 @@ import torch
 
 from alea_lib.measures.pope import pope, read_pope
 from alea_lib.prefix import PrefixSettings, random_prefix
-from alea_lib.probe import ATTENTION, attention_share, captions, pope_answers
+from alea_lib.probe.answers import captions, pope_answers
+from alea_lib.probe.grounding import ATTENTION, attention_share
 
 
 def eager(tiny, features, question, answer, prefix=None):

@@ -1,0 +1,169 @@
+"""Grounding and kept ability: by hand, and where the answer is known by construction."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from alea_lib.edit.delta import delta_of
+from alea_lib.measures.truth import read_truth
+from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.probe.ability import ability, first_references
+from alea_lib.probe.grounding import (
+    attention_heads,
+    attention_share,
+    blank_features,
+    counterfactual,
+    object_tokens,
+    swapped,
+)
+from alea_lib.taps import replaced_linear
+
+
+@pytest.fixture(scope="module")
+def scene(tiny_world):
+    split = tiny_world.split("activate")
+    return split, read_truth(split.instances, split.captions)
+
+
+def said(split, texts):
+    return pd.DataFrame({"image_id": split.ids, "caption": texts})
+
+
+@torch.no_grad()
+def log_p(vlm, features, question, answer, at, prefix=None):
+    """log p of the answer's token ``at`` of one item, from the whole sequence's logits."""
+    batch = vlm.encode(features, question, [answer])
+    embeds, start = vlm.embed(batch), batch.answer.item()
+    token = batch.ids[0, start + at]
+    if prefix is not None:
+        embeds = torch.cat([embeds[:, :start], prefix.rows[None], embeds[:, start:]], 1)
+        start += len(prefix.rows)
+    h = vlm.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    return vlm.head(h)[0, start + at - 1].log_softmax(-1)[token].item()
+
+
+# ---- where objects are named
+
+
+def test_object_tokens_by_hand(tiny):
+    text = "There are two cups with an apple. There is a hot dog."
+    words = [tiny.tokenizer.decode([t]).strip() for t in tiny._answer_ids(text, eos=False)]
+    found = object_tokens(tiny, text)
+    assert [c for _, c in found] == ["cup", "apple", "hot dog"]
+    assert [words[t] for t, _ in found] == ["cups", "apple", "hot"]
+
+
+@pytest.mark.parametrize("text", ["", "  ", "There is nothing.", "?!"])
+def test_no_object_no_token(tiny, text):
+    assert object_tokens(tiny, text) == []
+
+
+def test_leading_blanks_shift_nothing(tiny):
+    assert object_tokens(tiny, "  There is a cup. ") == object_tokens(tiny, "There is a cup.")
+
+
+# ---- counterfactual
+
+
+@pytest.mark.parametrize("n", [2, 3, 50])
+def test_every_picture_is_swapped_for_another(n):
+    other = swapped(n, seed=4)
+    assert sorted(other) == list(range(n)) and (other != np.arange(n)).all()
+    assert (swapped(n, seed=4) == other).all()
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_effects_by_hand(tiny, seen, scene, told, with_prefix):
+    split, truth = scene
+    prefix = random_prefix(tiny, PrefixSettings(length=3)) if with_prefix else None
+    found = counterfactual(tiny, split, seen, said(split, told), truth, "careful", prefix, seed=1, batch_size=4)
+    blank, other = blank_features(tiny, split), swapped(6, seed=1)
+    for i in (0, 2, 4):
+        want: dict = {}
+        for at, category in object_tokens(tiny, told[i]):
+            setting = "grounded" if category in truth[split.ids[i]] else "hallucinated"
+            for metric, f in (("blank_effect", blank), ("swap_effect", seen[other[i]][None])):
+                ask = (tiny.prompt("careful"), told[i], at, prefix)
+                effect = log_p(tiny, seen[i : i + 1], *ask) - log_p(tiny, f, *ask)
+                num, den = want.get((setting, metric), (0.0, 0))
+                want[setting, metric] = num + effect, den + 1
+        mine = found[found["image_id"] == split.ids[i]].set_index(["setting", "metric"])
+        assert set(mine.index) == set(want)
+        for key, (num, den) in want.items():
+            assert mine.loc[key, "num"] == pytest.approx(num, abs=1e-4) and mine.loc[key, "den"] == den
+
+
+def test_a_model_that_sees_the_blank_picture_loses_nothing_without_it(tiny, scene, told):
+    split, truth = scene
+    same = blank_features(tiny, split).expand(6, -1, -1)
+    found = counterfactual(tiny, split, same, said(split, told), truth)
+    assert len(found) and found["num"].abs().max() < 1e-4
+
+
+def test_batches_do_not_matter_and_empty_captions_are_left_out(tiny, seen, scene, told):
+    split, truth = scene
+    texts = [told[0], "", *told[2:]]
+    one = counterfactual(tiny, split, seen, said(split, texts), truth, batch_size=1)
+    many = counterfactual(tiny, split, seen, said(split, texts), truth, batch_size=6)
+    assert split.ids[1] not in set(one["image_id"])
+    pd.testing.assert_frame_equal(one, many, check_exact=False, atol=1e-4)
+
+
+# ---- attention by head
+
+
+def test_shares_of_heads_average_to_the_variants(tiny, seen, told):
+    table = pd.DataFrame({"image_id": range(6), "caption": told})
+    ids, heads, last_max = attention_heads(tiny, seen, table, batch_size=4)
+    assert ids == list(range(6)) and heads.shape == (6, tiny.n_layers, tiny.n_heads)
+    assert ((heads > 0) & (heads < 1)).all()
+    wide = attention_share(tiny, seen, table).pivot(index="image_id", columns="metric", values="num")
+    assert wide["attn_all_mean"].to_numpy() == pytest.approx(heads.mean((1, 2)).numpy(), abs=1e-5)
+    assert wide["attn_last_mean"].to_numpy() == pytest.approx(heads[:, -1].mean(1).numpy(), abs=1e-5)
+    assert wide["attn_last_max"].to_numpy() == pytest.approx(last_max.numpy(), abs=1e-5)
+
+
+# ---- ability
+
+
+def test_nll_and_kl_by_hand(tiny, seen, told):
+    name = tiny.address("down_proj", 1)
+    weight = tiny.model.get_submodule(name).weight.detach()
+    delta = delta_of(tiny, {name: weight * 1.5}, {})
+    table = pd.DataFrame({"image_id": range(6), "caption": told})
+    found = ability(tiny, seen, table, delta, "careful", batch_size=4).set_index(["metric", "image_id"])
+    plain = ability(tiny, seen, table, None, "careful").set_index(["metric", "image_id"])
+    assert set(plain.index.get_level_values(0)) == {"nll_grounded"}
+    for i in (0, 3):
+        batch = tiny.encode(seen[i : i + 1], tiny.prompt("careful"), [told[i]])
+        base = tiny.answer_logits(batch).log_softmax(-1)
+        with replaced_linear(tiny, {name: weight * 1.5}):
+            now = tiny.answer_logits(batch).log_softmax(-1)
+        wanted = batch.labels[batch.labels != -100]
+        nll = [-p[range(len(wanted)), wanted].sum().item() for p in (base, now)]
+        assert plain.loc[("nll_grounded", i), "num"] == pytest.approx(nll[0], abs=1e-3)
+        assert found.loc[("nll_grounded", i), "num"] == pytest.approx(nll[1], abs=1e-3)
+        kl = (base.exp() * (base - now)).sum().item()
+        assert found.loc[("kl_clean", i), "num"] == pytest.approx(kl, abs=1e-3) and kl > 0.01
+        assert found.loc[("kl_clean", i), "den"] == len(wanted)
+
+
+def test_first_references_in_the_order_of_the_split(tiny_world):
+    split = tiny_world.split("test").take(5).find(tiny_world.split("test").ids[4:1:-1])
+    found = first_references(split)
+    rows = json.loads(split.captions.read_text())["annotations"]
+    assert found["image_id"].tolist() == split.ids
+    assert found["caption"].tolist() == [next(r["caption"] for r in rows if r["image_id"] == i) for i in split.ids]
+
+
+def test_a_missing_reference_is_named(tiny_world, tmp_path):
+    split = tiny_world.split("test").take(3)
+    data = json.loads(split.captions.read_text())
+    data["annotations"] = [r for r in data["annotations"] if r["image_id"] != split.ids[1]]
+    short = tmp_path / "captions.json"
+    short.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=f"no caption for 1 images, e.g. \\[{split.ids[1]}\\]"):
+        first_references(type(split)(split.name, split.ids, split.files, split.instances, short))
