@@ -219,6 +219,20 @@ def frontier_plane(frontier: pd.DataFrame, points: pd.DataFrame, title: str) -> 
     return figure
 
 
+def widths(table: pd.DataFrame, title: str) -> Figure:
+    """Half the width of the interval against the number of images (columns n, what, half_width), logarithmic."""
+    figure, axis = plt.subplots(figsize=(6.5, 3.4))
+    for i, (what, part) in enumerate(table.groupby("what", sort=False)):
+        colour = sns.color_palette("colorblind")[i]
+        axis.plot(part["n"], 100 * part["half_width"], "osD^"[i % 4] + "-", color=colour, lw=1.4, label=what)
+    axis.axhline(2, color="0.4", ls=":", lw=1)
+    axis.set(title=title, xlabel="test images", ylabel="half interval in points", xscale="log", yscale="log")
+    axis.set_xticks(sorted(table["n"].unique()), sorted(table["n"].unique()))
+    axis.set_yticks([1, 2, 5, 10], [1, 2, 5, 10])
+    axis.legend(frameon=False)
+    return figure
+
+
 def points(items: dict[str, pd.DataFrame]) -> pd.DataFrame:
     """Method -> items, as the points of ``frontier_plane``."""
     rows = []

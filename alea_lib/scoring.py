@@ -11,8 +11,9 @@ from .measures.chair import chair
 from .measures.frontier import drop_last_sentence, frontier_gap
 from .measures.pope import pope
 from .measures.truth import Truth
+from .probe.ability import ability, first_references
 from .probe.answers import captions, pope_answers
-from .probe.grounding import attention_share
+from .probe.grounding import attention_share, counterfactual
 from .stats import paired_difference, summarise
 from .tables import DIFFERENCE, metric_rows, read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
 from .vlm import VLM
