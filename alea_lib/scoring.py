@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from .edit.delta import Delta, applied
-from .measures.chair import chair
-from .measures.frontier import drop_last_sentence, frontier_gap
+from .measures.chair import chair, distinct
+from .measures.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap
 from .measures.pope import pope
 from .measures.truth import Truth
 from .probe.ability import ability, first_references
@@ -20,6 +21,8 @@ from .vlm import VLM
 from .worlds.write import Split
 
 GROUP = ["benchmark", "scorer", "setting"]
+COLUMNS = [*GROUP, "image_id", "metric", "num", "den"]
+NO_PROMPT = ("pope",)  # benchmarks whose questions are the prompt
 
 
 @dataclass(frozen=True)
@@ -40,29 +43,39 @@ def evaluate(
     max_new_tokens: int,
     delta: Delta | None = None,
     prompt: str = "plain",
+    n_grounding: int | None = None,
 ) -> Evaluated:
-    """Captions, POPE answers and image attention of a model, edited by ``delta`` if there is one."""
+    """All measures of a model, edited by ``delta`` if there is one.
+
+    ``questions``: POPE of all settings. ``n_grounding``: how many of the split's images, from the first, the
+    counterfactual measures take (all if None).
+    """
     features = vlm.features(split.files)
+    few = split.take(n_grounding)
     with applied(vlm, delta):
         told = captions(vlm, split, features, prompt, max_new_tokens)
         said = pope(pope_answers(vlm, split, features, questions), questions)
         share = attention_share(vlm, features, told, prompt)
+        effect = counterfactual(vlm, few, features[: len(few.ids)], told[: len(few.ids)], truth, prompt)
+    kept = ability(vlm, features, first_references(split), delta, prompt)
     parts = [
         _caption_items(told, truth, max_new_tokens),
         share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
+        effect.assign(benchmark="grounding", scorer="teacher-forced"),
+        kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
     ]
     parts += [items.assign(benchmark="pope", scorer="official", setting=s) for s, items in said.by_setting.items()]
     parts += [said.items.assign(benchmark="pope", scorer="official", setting="all")]
-    return Evaluated(
-        told, pd.concat(parts, ignore_index=True)[[*GROUP, "image_id", "metric", "num", "den"]], _notes([])
-    )
+    notes = [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
+    return Evaluated(told, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
 
 
 def truncated(base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int) -> Evaluated:
     """The control ``truncation``: the base model's captions without their last sentence."""
     told = drop_last_sentence(base_captions)
     why = "truncation cuts captions after they are written: the model that answers and attends is the base model"
-    return Evaluated(told, _caption_items(told, truth, max_new_tokens), _notes([("pope_*", why), ("attn_*", why)]))
+    lacking = ("pope_*", "attn_*", "blank_effect", "swap_effect", "nll_grounded", "ppl_grounded", "kl_clean")
+    return Evaluated(told, _caption_items(told, truth, max_new_tokens), _notes([(m, why) for m in lacking]))
 
 
 def _caption_items(told: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.DataFrame:
@@ -71,9 +84,7 @@ def _caption_items(told: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.
         {"image_id": told["image_id"], "metric": "eos_rate", "num": told["eos"].astype(float), "den": 1.0}
     )
     items = pd.concat([items, ended], ignore_index=True)
-    return items.assign(benchmark="chair", scorer="singularise", setting=f"max{max_new_tokens}")[
-        [*GROUP, "image_id", "metric", "num", "den"]
-    ]
+    return items.assign(benchmark="chair", scorer=truth.family, setting=f"max{max_new_tokens}")[COLUMNS]
 
 
 def _notes(rows: list[tuple[str, str]]) -> pd.DataFrame:
@@ -83,20 +94,52 @@ def _notes(rows: list[tuple[str, str]]) -> pd.DataFrame:
 def score_rows(found: Evaluated, base: Evaluated | None, truth: Truth, **keys) -> pd.DataFrame:
     """Rows of ``metrics.csv``: each measure with its interval; with ``base`` also ``<metric>_diff`` (method minus base,
     paired by image) and ``frontier_gap``. ``keys``: world, model, method, split, prompt, condition, seeds."""
-    rows = [_rows(group, summarise(items), keys) for group, items in found.items.groupby(GROUP, sort=True)]
+    rows = [_rows(group, _derived(summarise(items)), keys) for group, items in found.items.groupby(GROUP, sort=True)]
+    chair_group = tuple(found.items.loc[found.items["benchmark"] == "chair", GROUP].iloc[0])
+    share = {"metric": "distinct", "value": distinct(found.captions), "lo": np.nan, "hi": np.nan}
+    rows.append(_rows(chair_group, pd.DataFrame([{**share, "n": len(found.captions)}]), keys))
     if base is not None:
         theirs = dict(list(base.items.groupby(GROUP)))
         for group, items in found.items.groupby(GROUP, sort=True):
-            change = paired_difference(items, theirs[group])
-            rows.append(_rows(group, change.assign(metric=change["metric"] + DIFFERENCE), keys))
+            if group in theirs:
+                rows.append(_rows(group, _difference(items, theirs[group]), keys))
         gap = pd.DataFrame([{"metric": "frontier_gap", **frontier_gap(base.captions, found.captions, truth)}])
-        chair_group = found.items.loc[found.items["benchmark"] == "chair", GROUP].iloc[0]
-        rows.append(_rows(tuple(chair_group), gap, keys))
+        rows.append(_rows(chair_group, gap, keys))
+    return pd.concat(rows, ignore_index=True)
+
+
+def _derived(summary: pd.DataFrame) -> pd.DataFrame:
+    """With perplexity, exp of the mean NLL, where there is one; its interval is the NLL's, seen through exp."""
+    nll = summary[summary["metric"] == "nll_grounded"]
+    values = ["value", "lo", "hi"]
+    ppl = nll.assign(metric="ppl_grounded", **{c: np.exp(nll[c].astype(float)) for c in values})
+    return pd.concat([summary, ppl], ignore_index=True)
+
+
+def _difference(items: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
+    """Paired by the images that both have (``n``): no wrong object in a caption, no effect of the image on one."""
+    shared = items.merge(theirs[["image_id", "metric"]], on=["image_id", "metric"])
+    if shared.empty:
+        return summarise(items)[:0]
+    change = paired_difference(shared, theirs.merge(shared[["image_id", "metric"]], on=["image_id", "metric"]))
+    return change.assign(metric=change["metric"] + DIFFERENCE)
+
+
+def frontier_rows(base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int, **keys) -> pd.DataFrame:
+    """The base model's truncation frontier as rows of ``metrics.csv``, ``setting`` = ``max<budget>,cut<sentences>``."""
+    rows = []
+    for point in frontier(base_captions, truth, truth.family).to_dict("records"):
+        values = [
+            {"metric": m, "value": point[m], "lo": point[f"{m}_lo"], "hi": point[f"{m}_hi"], "n": point["n"]}
+            for m in POINT_METRICS
+            if np.isfinite(point[m])
+        ]
+        rows.append(_rows(("chair", truth.family, f"max{max_new_tokens},cut{point['k']}"), pd.DataFrame(values), keys))
     return pd.concat(rows, ignore_index=True)
 
 
 def _rows(group: tuple, summary: pd.DataFrame, keys: dict) -> pd.DataFrame:
-    prompt = {} if group[0] != "pope" else {"prompt": ""}
+    prompt = {"prompt": ""} if group[0] in NO_PROMPT else {}
     return metric_rows(summary, **dict(zip(GROUP, group)), **{**keys, **prompt})
 
 

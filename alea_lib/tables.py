@@ -30,8 +30,8 @@ FRACTIONS = (
     "attn_all_mean",
 )  # fmt: skip
 METRIC_NAMES = (
-    *FRACTIONS, "words", "objects_per_caption", "blank_effect", "swap_effect", "kl_clean", "ppl_grounded",
-    "frontier_gap", "seconds_per_token", "peak_mib",
+    *FRACTIONS, "words", "objects_per_caption", "blank_effect", "swap_effect", "kl_clean", "nll_grounded",
+    "ppl_grounded", "frontier_gap", "seconds_per_token", "peak_mib",
 )  # fmt: skip
 METRIC_PREFIXES = ("mme_", "amber_")
 DIFFERENCE = "_diff"  # "chair_s_diff": the method minus the base model, paired by image

@@ -1,5 +1,7 @@
 """One method through all measures: rows of the contract, paired differences, and what truncation lacks."""
 
+import math
+
 import pandas as pd
 import pytest
 import torch
@@ -8,7 +10,16 @@ from alea_lib.edit.delta import delta_of
 from alea_lib.measures.chair import Truth
 from alea_lib.measures.pope import read_pope
 from alea_lib.measures.truth import read_truth
-from alea_lib.scoring import GROUP, evaluate, read_evaluated, score_rows, truncated, write_evaluated
+from alea_lib.scoring import (
+    GROUP,
+    _difference,
+    evaluate,
+    frontier_rows,
+    read_evaluated,
+    score_rows,
+    truncated,
+    write_evaluated,
+)
 from alea_lib.tables import METRIC_COLUMNS, check_metrics
 
 KEYS = {"run_id": "r", "profile": "p", "world": "scenes", "model": "tiny", "split": "test", "prompt": "plain",
@@ -46,6 +57,13 @@ def test_base_rows_keep_the_contract(study):
     assert ("pope", "", "pope_accuracy") not in found.index
     for metric in ("attn_last_max", "attn_last_mean", "attn_all_mean"):
         assert ("grounding", "answer", metric) in found.index
+    for metric in ("blank_effect", "swap_effect"):
+        assert {("grounding", s, metric) for s in ("grounded", "hallucinated")} & set(found.index)
+    nll, ppl = (found.loc[("ability", "reference", m)] for m in ("nll_grounded", "ppl_grounded"))
+    for column in ("value", "lo", "hi"):
+        assert ppl[column] == pytest.approx(math.exp(nll[column]))
+    assert found.loc[("chair", "max6", "distinct"), "value"] == base.captions["caption"].nunique() / len(split.ids)
+    assert "kl_clean" not in set(rows["metric"]) and base.notes["metric"].tolist() == ["kl_clean"]
     assert (rows.loc[rows["benchmark"] == "pope", "prompt"] == "").all()
     assert (rows.loc[rows["benchmark"] != "pope", "prompt"] == "plain").all()
     assert not rows["metric"].str.endswith("_diff").any() and "frontier_gap" not in set(rows["metric"])
@@ -64,14 +82,40 @@ def test_a_method_rows_hold_differences(tiny, study, changed):
     for (benchmark, setting, metric), value in mine.items():
         if metric.endswith("_diff"):
             plain = metric.removesuffix("_diff")
+            if metric.endswith("effect_diff"):  # paired by the images that both have: see below
+                continue
             change = mine[benchmark, setting, plain] - theirs[benchmark, setting, plain]
             assert value == pytest.approx(change, abs=1e-9), metric
     assert ("chair", "max6", "frontier_gap") in mine.index
     for benchmark, setting, metric in [
         ("pope", "all", "pope_accuracy"),
         ("grounding", "answer", "attn_last_max"),
+        ("ability", "reference", "nll_grounded"),
     ]:
         assert (benchmark, setting, f"{metric}_diff") in mine.index
+
+
+def test_effects_are_paired_by_the_images_that_both_have():
+    columns = ["benchmark", "scorer", "setting", "image_id", "metric", "num", "den"]
+    group = ("grounding", "teacher-forced", "hallucinated")
+
+    def effects(**by_image):
+        rows = [(*group, int(i[1:]), "blank_effect", num, den) for i, (num, den) in by_image.items()]
+        return pd.DataFrame(rows, columns=columns)
+
+    items = effects(i1=(2.0, 1.0), i2=(6.0, 2.0), i4=(9.0, 1.0))
+    theirs = effects(i1=(1.0, 1.0), i2=(1.0, 1.0), i3=(50.0, 1.0))
+    found = _difference(items, theirs).set_index("metric").loc["blank_effect_diff"]
+    assert found["value"] == pytest.approx(8 / 3 - 2 / 2) and found["n"] == 2
+    assert len(_difference(items, effects(i3=(1.0, 1.0)))) == 0
+
+
+def test_frontier_rows_by_hand():
+    told = table("There is a cup. There is a dog.", "There is a cup.", "There is a bowl. There is a dog.", "")
+    rows = check_metrics(frontier_rows(told, TRUTH, 64, method="truncation", **KEYS))
+    found = rows.set_index(["setting", "metric"])["value"]
+    assert found["max64,cut1", "chair_s"] == 0 and found["max64,cut2", "chair_s"] == 0.5
+    assert found["max64,cut1", "recall"] == found["max64,cut2", "recall"] == 3 / 8
 
 
 def test_the_base_against_itself_differs_by_nothing(study):
@@ -85,7 +129,8 @@ def test_truncated_rows_lack_what_is_not_defined(study):
     _, truth, _, base = study
     found = truncated(base.captions, truth, 6)
     assert set(found.items["benchmark"]) == {"chair"}
-    assert found.notes["metric"].tolist() == ["pope_*", "attn_*"] and found.notes["reason"].str.len().min() > 20
+    assert {"pope_*", "attn_*", "blank_effect", "ppl_grounded"} <= set(found.notes["metric"])
+    assert found.notes["reason"].str.len().min() > 20
     rows = check_metrics(score_rows(found, base, truth, method="truncation", **KEYS))
     assert not rows["metric"].str.startswith(("pope", "attn")).any()
     assert {"chair_s", "chair_s_diff", "frontier_gap"} <= set(rows["metric"])
@@ -116,7 +161,9 @@ def test_signs_by_hand():
     assert rows.loc["eos_rate", "value"] == 0.75 and rows.loc["eos_rate_diff", "value"] == 0
     # cut to no sentence at all the base has CHAIRs 0 at recall 0, whole 1 at 1; at recall 7/8 it has 7/8
     assert rows.loc["frontier_gap", "value"] == pytest.approx(7 / 8 - 1 / 4)
-    assert (rows["n"] == 4).all() and (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
+    assert (rows["n"] == 4).all() and rows.loc["distinct", "value"] == 0.5
+    rows = rows.drop("distinct")  # no ratio of sums: it has no interval
+    assert (rows["lo"] <= rows["value"]).all() and (rows["value"] <= rows["hi"]).all()
 
 
 def test_truncation_drops_the_last_sentence():
