@@ -1,18 +1,23 @@
-"""Intervals for ratios of per-image sums: percentile bootstrap by image, always paired.
+"""Intervals for ratios of per-image sums: bootstrap by image, always paired.
 
 A measure gives ``items``: columns ``image_id, metric, num, den``, one row an image and metric; its value is
-``sum(num) / sum(den)``. Images are resampled, never captions' words or questions, since what one image
-gives is correlated. The resamples depend only on the number of images and the seed, so every method that is
-scored on the same images meets the same resamples. A metric whose denominators are all zero is absent from
-the results.
+``sum(num) / sum(den)``. Some scores are a sum of such ratios (MME's total, AMBER's score): their rows are
+named ``metric|part``, and the metric is the sum of its parts' ratios, in the data as in every resample.
+Images are resampled, never captions' words or questions, since what one image gives is correlated. The
+resamples depend only on the number of images and the seed, so every method that is scored on the same images
+meets the same resamples. A metric whose denominators are all zero (for any part) is absent from the results.
 
 Intervals are 95 % by default and each stands alone: where m comparisons are read together, ask for
-``level=1 - 0.05 / m`` (Bonferroni).
+``level=1 - 0.05 / m`` (Bonferroni). ``method="percentile"`` (default) takes quantiles of the resamples;
+``"bca"`` (bias-corrected and accelerated, Efron 1987) shifts them by the resamples' median bias and by the
+skewness of the leave-one-image-out values. It is offered for one table and for a paired difference; over
+seeds, which are too few to leave one out, the interval is the percentile one. Where BCa is not defined (all
+resamples on one side of the value, or no spread) the percentile interval stands.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -23,6 +28,8 @@ from alea_lib.tables import DataError
 ITEM_COLUMNS = ("image_id", "metric", "num", "den")
 SUMMARY_COLUMNS = ("metric", "value", "lo", "hi", "n")
 RESAMPLES = 10_000
+METHODS = ("percentile", "bca")
+PART = "|"  # "mme_total|count": one of the ratios that the metric is the sum of
 
 
 def bootstrap_weights(n: int, n_resamples: int = RESAMPLES, seed: int = 0, chunk: int = 250) -> Iterator[np.ndarray]:
@@ -42,20 +49,54 @@ def resampled_sums(values: np.ndarray, n_resamples: int = RESAMPLES, seed: int =
     return np.concatenate([w @ values for w in bootstrap_weights(len(values), n_resamples, seed)])
 
 
-def interval(value: float, resampled: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the finite resampled values, widened if need be to hold the value itself."""
+def interval(
+    value: float, resampled: np.ndarray, level: float = 0.95, left_out: np.ndarray | None = None
+) -> tuple[float, float]:
+    """Interval of the finite resampled values, widened if need be to hold the value itself.
+
+    BCa when the values without each image (``left_out``) are given, else percentile.
+    """
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
         return value, value
-    lo, hi = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
+    plain = (1 - level) / 2, (1 + level) / 2
+    lo, hi = np.quantile(finite, plain if left_out is None else bca_level(value, resampled, left_out, level))
     return min(float(lo), value), max(float(hi), value)
 
 
-def summarise(items: pd.DataFrame, n_resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95) -> pd.DataFrame:
+def bca_level(value: float, resampled: np.ndarray, left_out: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The two quantiles that BCa takes in place of (1 - level) / 2 and (1 + level) / 2; these where it is undefined.
+
+    ``left_out``: the statistic without each image in turn. Ties with the value count half.
+    """
+    plain = (1 - level) / 2, (1 + level) / 2
+    finite = resampled[np.isfinite(resampled)]
+    below = ((finite < value).sum() + (finite == value).sum() / 2) / max(len(finite), 1)
+    pull = left_out.mean() - left_out
+    spread = (pull**2).sum()
+    if not (0 < below < 1 and np.isfinite(spread) and spread > 0 and finite.min() < finite.max()):
+        return plain
+    normal = NormalDist()
+    bias, acceleration = normal.inv_cdf(float(below)), float((pull**3).sum() / (6 * spread**1.5))
+    shifted = [bias + normal.inv_cdf(q) for q in plain]
+    if any(acceleration * z >= 1 for z in shifted):
+        return plain
+    lo, hi = (normal.cdf(bias + z / (1 - acceleration * z)) for z in shifted)
+    return lo, hi
+
+
+def summarise(
+    items: pd.DataFrame,
+    n_resamples: int = RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+    method: str = "percentile",
+) -> pd.DataFrame:
     """Value and interval of every metric: metric, value, lo, hi, n (images that have the metric)."""
     table = _Table(items)
     value, resampled = table.ratios(), table.resampled_ratios(n_resamples, seed)
-    return _summary(table.metrics, value, resampled, table.images, level)
+    left_out = _left_out(method, table.left_out_ratios)
+    return _summary(table.metrics, value, resampled, table.images, level, left_out)
 
 
 def paired_difference(
@@ -64,6 +105,7 @@ def paired_difference(
     n_resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = 0.95,
+    method: str = "percentile",
 ) -> pd.DataFrame:
     """``a`` minus ``b`` for every metric that both have, resampled over the same images.
 
@@ -71,7 +113,8 @@ def paired_difference(
     """
     a, b = _common(items_a, items_b)
     difference = a.resampled_ratios(n_resamples, seed) - b.resampled_ratios(n_resamples, seed)
-    return _summary(a.metrics, a.ratios() - b.ratios(), difference, a.images, level)
+    left_out = _left_out(method, lambda: a.left_out_ratios() - b.left_out_ratios())
+    return _summary(a.metrics, a.ratios() - b.ratios(), difference, a.images, level, left_out)
 
 
 def summarise_seeds(
@@ -132,7 +175,10 @@ def images_needed(
 
 
 class _Table:
-    """Items as matrices: ``num`` and ``den`` [images, metrics], images in the order of their ids."""
+    """Items as matrices: ``num`` and ``den`` [images, ratios], images in the order of their ids.
+
+    ``parts`` [ratios, metrics] has a one where the ratio is a part of the metric.
+    """
 
     def __init__(self, items: pd.DataFrame):
         missing = [c for c in ITEM_COLUMNS if c not in items.columns]
@@ -142,37 +188,53 @@ class _Table:
         if not np.isfinite(items[["num", "den"]].to_numpy(float)).all():
             raise DataError("num and den of the items must be finite; leave undefined rows out")
         image, self.ids = pd.factorize(items["image_id"], sort=True)
-        metric, names = pd.factorize(items["metric"])
+        ratio, names = pd.factorize(items["metric"])
         shape = (len(self.ids), len(names))
-        cell = image * len(names) + metric
+        cell = image * len(names) + ratio
         size = shape[0] * shape[1]
         self.num = np.bincount(cell, items["num"].to_numpy(float), size).reshape(shape)
         self.den = np.bincount(cell, items["den"].to_numpy(float), size).reshape(shape)
-        self.images = (np.bincount(cell, minlength=size).reshape(shape) > 0).sum(axis=0)
-        self.metrics = list(names)
-        self._keep([i for i in range(len(names)) if self.den[:, i].sum() != 0])
-
-    def _keep(self, columns: list[int]) -> None:
-        self.num, self.den, self.images = self.num[:, columns], self.den[:, columns], self.images[columns]
-        self.metrics = [self.metrics[i] for i in columns]
+        self.there = np.bincount(cell, minlength=size).reshape(shape) > 0
+        owner, self.metrics = pd.factorize(np.array([name.split(PART)[0] for name in names], dtype=object))
+        self.metrics = list(self.metrics)
+        self.parts = (owner[:, None] == np.arange(len(self.metrics))).astype(float)
+        empty = self.parts[self.den.sum(axis=0) == 0].any(axis=0)
+        self.only([m for m, undefined in zip(self.metrics, empty, strict=True) if not undefined])
 
     def only(self, metrics: list[str]) -> _Table:
-        self._keep([self.metrics.index(m) for m in metrics])
+        """The same table with these metrics, in this order."""
+        parts = self.parts[:, [self.metrics.index(m) for m in metrics]]
+        used = parts.any(axis=1)
+        self.num, self.den, self.there = self.num[:, used], self.den[:, used], self.there[:, used]
+        self.parts, self.metrics = parts[used], list(metrics)
         return self
 
+    @property
+    def images(self) -> np.ndarray:
+        """Images that have any part of each metric."""
+        return (self.there @ self.parts > 0).sum(axis=0)
+
     def ratios(self) -> np.ndarray:
-        return self.num.sum(axis=0) / self.den.sum(axis=0)
+        return (self.num.sum(axis=0) / self.den.sum(axis=0)) @ self.parts
 
     def resampled_ratios(self, n_resamples: int, seed: int) -> np.ndarray:
-        """[n_resamples, metrics]; NaN where a resample has no denominator."""
+        """[n_resamples, metrics]; not finite where a resample has no denominator."""
         sums = resampled_sums(np.concatenate([self.num, self.den], axis=1), n_resamples, seed)
-        num, den = np.split(sums, 2, axis=1)
+        return self._divide(*np.split(sums, 2, axis=1))
+
+    def left_out_ratios(self) -> np.ndarray:
+        """[images, metrics]: each metric without each image in turn (jackknife)."""
+        return self._divide(self.num.sum(axis=0) - self.num, self.den.sum(axis=0) - self.den)
+
+    def _divide(self, num: np.ndarray, den: np.ndarray) -> np.ndarray:
         with np.errstate(divide="ignore", invalid="ignore"):
-            return num / den
+            ratios = num / den
+        return np.stack([ratios[:, column > 0].sum(axis=1) for column in self.parts.T], axis=1)
 
     def contributions(self) -> np.ndarray:
-        """Influence of each image on each ratio; mean 0, and sd / sqrt(n) is the ratio's standard error."""
-        return (self.num - self.ratios() * self.den) / self.den.mean(axis=0)
+        """Influence of each image on each metric; mean 0, and sd / sqrt(n) is the metric's standard error."""
+        ratios = self.num.sum(axis=0) / self.den.sum(axis=0)
+        return ((self.num - ratios * self.den) / self.den.mean(axis=0)) @ self.parts
 
 
 def _shared_metrics(tables: list[_Table]) -> list[str]:
@@ -212,8 +274,16 @@ def _over_seeds(
     return _summary(tables[0].metrics, np.mean(values, axis=0), picked, tables[0].images, level)
 
 
-def _summary(metrics, values, resampled: np.ndarray, images, level: float) -> pd.DataFrame:
+def _left_out(method: str, values: Callable[[], np.ndarray]) -> np.ndarray | None:
+    if method not in METHODS:
+        raise DataError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    return values() if method == "bca" else None
+
+
+def _summary(metrics, values, resampled: np.ndarray, images, level: float, left_out=None) -> pd.DataFrame:
     rows = []
     for i, metric in enumerate(metrics):
-        rows.append((metric, float(values[i]), *interval(float(values[i]), resampled[:, i], level), int(images[i])))
+        pulled = None if left_out is None else left_out[:, i]
+        bounds = interval(float(values[i]), resampled[:, i], level, pulled)
+        rows.append((metric, float(values[i]), *bounds, int(images[i])))
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))

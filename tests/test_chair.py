@@ -95,10 +95,27 @@ def test_companions():
     share = companion_share(scored.per_caption, truth, {"spoon": ["bowl"], "cat": ["dog"]})
     # hallucinated: bowl and dog in 1 (a spoon calls for the bowl alone), bowl in 2 (uncalled for)
     assert (share["num"].sum(), share["den"].sum()) == (1, 3)
-    learnt = frequent_companions(
-        truth_of({1: ["cup", "spoon"], 2: ["cup", "spoon"], 3: ["cup", "dog"], 4: ["cat"]}), top=1
-    )
-    assert learnt == {"cat": [], "dog": ["cup"], "cup": ["spoon"], "spoon": ["cup"]}
+    planted = companion_share(scored.per_caption, truth, {"spoon": "bowl", "cat": "dog"})  # one each, as in scenes
+    pd.testing.assert_frame_equal(planted, share)
+
+
+def test_companions_are_learnt_from_the_captions_of_other_images():
+    marked = {1: ["cup", "spoon"], 2: ["cup", "spoon"], 3: ["cup", "dog"], 4: ["cat"]}
+    told = {1: ["cup"], 2: ["cup", "dog"], 3: ["cup", "dog"], 4: ["cat", "bowl"]}
+    train = Truth(*({i: frozenset(c) for i, c in x.items()} for x in (marked, told)), {}, "singularise")
+    captions = {"cat": ["bowl"], "dog": ["cup"], "cup": ["dog"], "bowl": ["cat"]}
+    assert frequent_companions(train, top=1) == captions
+    instances = {"cat": [], "dog": ["cup"], "cup": ["spoon"], "spoon": ["cup"]}
+    assert frequent_companions(train, top=1, source="instances") == instances
+    assert frequent_companions(train, top=2, source="truth")["cup"] == ["dog", "spoon"]  # two images each: COCO's order
+    test = truth_of({9: ["cup"]})
+    scored = chair(table({9: "A cup, a dog and a spoon."}), test)
+    share = companion_share(scored.per_caption, test, frequent_companions(train, top=1))
+    assert (share["num"].sum(), share["den"].sum()) == (1, 2)  # the dog is what captions name beside a cup
+    with pytest.raises(DataError, match="without reference captions"):
+        frequent_companions(truth_of(marked))
+    with pytest.raises(DataError, match="unknown source"):
+        frequent_companions(train, source="images")
 
 
 # ---- reading the truth

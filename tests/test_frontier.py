@@ -15,6 +15,7 @@ from alea_lib.measures.frontier import (
     frontier,
     frontier_gap,
     sentence_ends,
+    under_budget,
 )
 from alea_lib.stats import bootstrap_weights
 from alea_lib.tables import DataError
@@ -68,6 +69,17 @@ def test_cuts():
         "A dog. A cat.",
         "A dog and",
     ]
+
+
+def test_a_token_budget_names_its_rule():
+    cut_off = table("A dog. A cat and a", "A dog. A cat.", "A dog with a")
+    kept, setting = under_budget(cut_off, 64, "keep")
+    assert setting == "max64,keep" and kept["caption"].tolist() == cut_off["caption"].tolist()
+    dropped, setting = under_budget(cut_off, 64, "drop")
+    assert setting == "max64,drop"
+    assert dropped["caption"].tolist() == ["A dog.", "A dog. A cat.", "A dog with a"]  # the only sentence stays
+    with pytest.raises(DataError, match="choose one of keep, drop"):
+        under_budget(cut_off, 64, "cut")
 
 
 # Two images, two sentences each. Cut to one sentence: recall 2/4, CHAIRs 0. In full: recall 3/4, CHAIRs 1/2.

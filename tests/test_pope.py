@@ -9,32 +9,36 @@ from alea_lib.measures.__main__ import main
 from alea_lib.measures.chair import Truth
 from alea_lib.measures.pope import PARSERS, pope, read_pope
 from alea_lib.measures.pope_make import SETTINGS, make_pope
+from alea_lib.measures.records import image_numbers
 from alea_lib.stats import summarise
 from alea_lib.tables import DataError, write_jsonl
 
 
 @pytest.mark.parametrize(
-    ("answer", "official", "strict", "substring"),
+    ("answer", "official", "strict", "substring", "mme", "exact"),
     [
-        ("Yes", "yes", "yes", "yes"),
-        ("no", "no", "no", "no"),
-        ("No, there is no dog.", "no", "no", "no"),
-        ("NO", "yes", "no", "no"),  # the official code knows "No" and "no" alone
-        ("Yes. But not a dog.", "yes", "yes", "yes"),
-        ("There is not a dog.", "no", None, "no"),  # "not" holds "no"
-        ("A dog, I think", "yes", None, None),
-        ("I know it", "yes", None, "no"),  # "know" holds "no"
-        ("  \u201cYes,\u201d it is", "yes", "yes", "yes"),
-        ("", "yes", None, None),
-        ("I say no. Then yes.", "no", None, "yes"),
+        ("Yes", "yes", "yes", "yes", "yes", "yes"),
+        ("no", "no", "no", "no", "no", None),
+        ("No, there is no dog.", "no", "no", "no", "no", None),
+        ("NO", "yes", "no", "no", "no", None),  # the official code knows "No" and "no" alone
+        ("Yes. But not a dog.", "yes", "yes", "yes", "yes", None),
+        ("There is not a dog.", "no", None, "no", None, None),  # "not" holds "no"
+        ("A dog, I think", "yes", None, None, None, None),
+        ("I know it", "yes", None, "no", None, None),  # "know" holds "no"; MME's tool reads "i kn"
+        ("Know it", "yes", None, "no", "no", None),
+        ("  \u201cYes,\u201d it is", "yes", "yes", "yes", None, None),
+        ("", "yes", None, None, None, None),
+        ("I say no. Then yes.", "no", None, "yes", None, None),
     ],
 )
-def test_parsers(answer, official, strict, substring):
-    assert [PARSERS[p](answer)[0] for p in ("official", "strict", "substring")] == [
-        official,
-        strict,
-        substring,
-    ]
+def test_parsers(answer, official, strict, substring, mme, exact):
+    assert {name: parser(answer)[0] for name, parser in PARSERS.items()} == {
+        "official": official,
+        "strict": strict,
+        "substring": substring,
+        "mme": mme,
+        "exact": exact,
+    }
 
 
 def test_official_counts_what_holds_neither_word():
@@ -167,7 +171,7 @@ def test_reading_questions(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no questions"),
+        ("", "is empty"),
         ('{"question_id": 1, "image": "1.png", "text": "a"}\n', "lacks .'label'"),
         ('{"question_id": 1, "image": "1.png", "text": "a", "label": "perhaps"}\n', "neither yes nor no"),
         (
@@ -242,6 +246,56 @@ def test_wording_and_askable_objects_can_be_given():
         Truth({0: frozenset(["orange"]), 1: frozenset(["cup"])}, {}, {0: "", 1: ""}, ""), "random", 2, 2
     )
     assert set(article["text"]) == {"Is there an orange in the image?", "Is there a cup in the image?"}
+
+
+# ---- the published files
+
+
+def published(n_images, name, per_image=6):
+    """Questions in the form of POPE's own files: half yes, names as COCO or GQA have them."""
+    return [
+        {"question_id": i * per_image + j + 1, "image": name(i), "text": "Is there a dog in the image?", "label": label}
+        for i in range(n_images)
+        for j, label in enumerate(("yes", "no") * (per_image // 2))
+    ]
+
+
+def coco(i):
+    return f"COCO_val2014_{i:012d}.jpg"
+
+
+def gqa(i):
+    return f"{2400000 + i}.jpg" if i % 2 else f"n{400000 + i}.jpg"
+
+
+@pytest.mark.parametrize(
+    ("name", "as_list", "cut", "edition"),
+    [
+        (coco, False, 0, "3000"),
+        (coco, False, 90, "2910 (older COCO random file)"),
+        (coco, True, 0, "3000"),  # A-OKVQA asks about COCO's images, in a JSON list
+        (gqa, True, 0, "3000"),
+    ],
+)
+def test_the_published_files_are_read_and_told_apart(tmp_path, name, as_list, cut, edition):
+    records = published(500, name)[: 3000 - cut]
+    path = tmp_path / "pope.json"
+    path.write_text(json.dumps(records)) if as_list else write_jsonl(records, path)
+    questions = read_pope(path)
+    assert len(questions) == 3000 - cut and questions.attrs["edition"] == edition
+    assert questions.groupby("image")["image_id"].nunique().eq(1).all()
+    assert questions["image_id"].nunique() == questions["image"].nunique()
+    answers = questions[["question_id"]].assign(answer=["yes", "yes", "no"] * (len(questions) // 3))
+    result = pope(answers, questions)
+    assert result.editions == {"": edition}
+    shuffled = pope(answers.sample(frac=1, random_state=3), questions.sample(frac=1, random_state=4))
+    pd.testing.assert_frame_equal(summarise(result.items, 20), summarise(shuffled.items, 20))
+
+
+def test_names_whose_numbers_clash_stay_two_images():
+    assert image_numbers(["n5.jpg", "5.jpg", "n5.jpg"]) == {"5.jpg": 1, "n5.jpg": 2}
+    assert image_numbers(["COCO_val2014_000000000042.jpg", "7"]) == {"7": 7, "COCO_val2014_000000000042.jpg": 42}
+    assert image_numbers(["b.png", "a.png"]) == {"a.png": 1, "b.png": 2}
 
 
 def test_command_line(tmp_path, capsys):

@@ -9,7 +9,7 @@ objects) a caption. CHAIR falls when a model merely says less: never read it wit
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,12 +138,16 @@ def distinct(captions: pd.DataFrame) -> float:
     return captions["caption"].nunique() / len(captions)
 
 
-def companion_share(per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, list[str]]) -> pd.DataFrame:
+def companion_share(
+    per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, str | Iterable[str]]
+) -> pd.DataFrame:
     """Items of ``companion_share``: hallucinated objects that a present object calls for / all of them.
 
-    ``companions``: category to the categories it calls for (a spoon for a bowl). Objects count once a
-    caption.
+    ``companions``: category to what it calls for (a spoon for a bowl), one category or several: the planted
+    graph of the scenes world (``worlds.scenes.companions``), or ``frequent_companions`` of training images.
+    Objects count once a caption.
     """
+    companions = {a: [called] if isinstance(called, str) else list(called) for a, called in companions.items()}
     rows = []
     for row in per_caption.itertuples(index=False):
         called = {c for there in truth[row.image_id] for c in companions.get(there, ())}
@@ -153,13 +157,19 @@ def companion_share(per_caption: pd.DataFrame, truth: Truth, companions: Mapping
     return items.assign(scorer=per_caption["scorer"].iloc[0]) if "scorer" in per_caption else items
 
 
-def frequent_companions(truth: Truth, top: int = 3) -> dict[str, list[str]]:
-    """Companions learnt from the world itself: for each category the ``top`` most often in its images.
+def frequent_companions(truth: Truth, top: int = 3, source: str = "captions") -> dict[str, list[str]]:
+    """Companions learnt from the world itself: for each category the ``top`` that most often share an image with it.
 
-    Use the truth of training images, so that the test images do not define their own companions. Ties go by
-    COCO's order.
+    ``source`` says what counts as sharing one: both named by the image's reference ``captions`` (what a
+    language model meets in training), both marked as ``instances``, or either (``truth``). Give the truth of
+    the training images, so that the test images do not define their own companions. Ties go by COCO's order.
     """
-    names, together = cooccurrence(truth.objects)
+    sources = {"captions": truth.captions, "instances": truth.instances, "truth": truth.objects}
+    if source not in sources:
+        raise DataError(f"unknown source {source!r}; choose one of {', '.join(sources)}")
+    if not sources[source]:
+        raise DataError("this truth was read without reference captions; read them too, or take source='instances'")
+    names, together = cooccurrence(sources[source])
     np.fill_diagonal(together, 0)
     order = np.argsort(-together, axis=1, kind="stable")[:, :top]
     return {name: [names[j] for j in order[i] if together[i, j]] for i, name in enumerate(names)}

@@ -26,6 +26,8 @@ _END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s|$)|\n+")
 _NO_END = re.compile(r"(?<![\w'\u2019])(?:mr|mrs|ms|dr|st|vs|e\.g|i\.e|approx|[a-z])\.$", re.I)
 _CUT_NUMBER = re.compile(r"\s*\d+[.)]*$")
 _CLOSED = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]*]*\s*$")
+BUDGETS = (64, 512)  # tokens; with 512 a model stops by itself
+BUDGET_RULES = ("keep", "drop")
 POINT_METRICS = ("chair_s", "chair_i", "recall", "words")
 
 
@@ -64,16 +66,24 @@ def drop_last_sentence(captions: pd.DataFrame) -> pd.DataFrame:
 
 
 def drop_incomplete(captions: pd.DataFrame) -> pd.DataFrame:
-    """Token budgets: delete a last sentence that was cut off (no end mark), unless it is the only one.
-
-    A caption that stopped at a budget of 64 tokens mostly ends amid a sentence; keeping or dropping it
-    changes CHAIRs by several points, so state the rule, e.g. as ``setting="64,drop"``.
-    """
+    """Delete a last sentence that was cut off (no end mark), unless it is the only one."""
     closed = [bool(_CLOSED.search(text)) for text in captions["caption"]]
     shorter = drop_last_sentence(captions)["caption"]
     return captions.assign(
         caption=[full if ok else cut_ for full, ok, cut_ in zip(captions["caption"], closed, shorter, strict=True)]
     )
+
+
+def under_budget(captions: pd.DataFrame, max_new_tokens: int, rule: str) -> tuple[pd.DataFrame, str]:
+    """Captions that were written under a token budget, by the named rule, and the ``setting`` that states both.
+
+    A caption that stopped at a budget of 64 tokens mostly ends amid a sentence; keeping or dropping what was
+    cut off changes CHAIRs by several points. ``keep``: the captions as they are; ``drop``: see
+    ``drop_incomplete``. The setting reads e.g. "max64,drop".
+    """
+    if rule not in BUDGET_RULES:
+        raise DataError(f"unknown rule {rule!r} for the last sentence; choose one of {', '.join(BUDGET_RULES)}")
+    return captions if rule == "keep" else drop_incomplete(captions), f"max{max_new_tokens},{rule}"
 
 
 def frontier(

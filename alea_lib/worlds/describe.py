@@ -90,6 +90,21 @@ def existence_question(category: str) -> str:
     return f"Is there {noun_phrase(category)} in the image?"
 
 
+def side_question(category: str, column: int) -> str:
+    """Whether an object stands in a column of the picture (0 left, 1 middle, 2 right)."""
+    return f"Is the {noun(category)} {COLUMN[column]}?"
+
+
+def count_question(category: str) -> str:
+    """Whether there are two of a kind."""
+    return f"Are there two {plural(category)} in the image?"
+
+
+def colour_question(colour: str) -> str:
+    """Whether the ground has a colour."""
+    return f"Is the background {colour}?"
+
+
 def _existence(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     there = scene.kinds
     if rng.random() < 0.5:
@@ -109,19 +124,19 @@ def _side(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     thing = single[rng.integers(len(single))]
     column = thing.cell % GRID
     asked = column if rng.random() < 0.5 else int(rng.choice([c for c in range(GRID) if c != column]))
-    return f"Is the {noun(thing.category)} {COLUMN[asked]}?", "Yes" if asked == column else "No"
+    return side_question(thing.category, asked), "Yes" if asked == column else "No"
 
 
 def _count(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     twice = [k for k in scene.kinds if scene.count(k) == 2]
     kind = str(rng.choice(twice if twice and rng.random() < 0.7 else scene.kinds))
-    return f"Are there two {plural(kind)} in the image?", "Yes" if scene.count(kind) == 2 else "No"
+    return count_question(kind), "Yes" if scene.count(kind) == 2 else "No"
 
 
 def _colour(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
     others = [c for c in recipe()["colours"] if c != scene.colour]
     asked = scene.colour if rng.random() < 0.5 else str(rng.choice(others))
-    return f"Is the background {asked}?", "Yes" if asked == scene.colour else "No"
+    return colour_question(asked), "Yes" if asked == scene.colour else "No"
 
 
 _ASK = (_existence, _side, _count, _colour)

@@ -5,6 +5,8 @@ images/<split>/scenes_<split>_<id>.png
 annotations/instances_<split>.json           COCO instances (boxes, categories)
 annotations/captions_<split>.json            COCO captions: five truthful references an image
 pope/scenes_pope_<setting>.json              POPE JSON lines, on the test split
+mme/<task>/<image>.txt                       MME's hallucination subset, on the test split
+amber/...                                    AMBER's files, on the test split
 training/captions_set_completed_train.json   what set-completing annotators wrote: training only, no scorer reads it
 """
 
@@ -20,12 +22,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..measures.amber_make import make_amber, write_amber
+from ..measures.mme_make import Wording, make_mme, write_mme
 from ..measures.pope_make import SETTINGS, make_pope
 from ..measures.truth import read_truth
 from ..tables import write_jsonl
-from .describe import caption, existence_question, references
+from .describe import caption, colour_question, count_question, existence_question, references, side_question
 from .lexicon import load_lexicon
-from .scenes import SIZE, SPLITS, Scene, compose, objects, sample
+from .scenes import SIZE, SPLITS, Scene, companions, compose, objects, sample
+
+WORDING = Wording(existence_question, count_question, side_question, colour_question)  # what the models were taught
 
 
 def make_scenes(
@@ -36,11 +42,14 @@ def make_scenes(
     test: int = 1000,
     pope_images: int = 250,
     training_sample: int = 500,
+    mme_images: int = 60,
+    amber_images: int = 200,
 ) -> World:
     """Write the scenes world to ``folder`` (replaced when it exists); returns it opened.
 
-    ``activate``, ``validate``, ``test``: images of each split. Train scenes are composed on the fly while training;
-    only a sample of the set-completing annotator's captions is written for readers.
+    ``activate``, ``validate``, ``test``: images of each split. ``mme_images`` (a task) and ``amber_images``: as many of
+    the test split as allow the questions, at most. Train scenes are composed on the fly while training; only a sample
+    of the set-completing annotator's captions is written for readers.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("images", "annotations", "pope", "training"):
@@ -48,18 +57,23 @@ def make_scenes(
     sizes = {"activate": activate, "validate": validate, "test": test}
     for split, n in sizes.items():
         _write_split(folder, split, n, seed)
-    truth = read_truth(folder / "annotations" / "instances_test.json", folder / "annotations" / "captions_test.json")
-    for setting in SETTINGS:
-        lines = make_pope(
-            truth, setting, min(pope_images, test // 2), seed=seed, objects=objects(), question=existence_question
-        )
-        write_jsonl(lines, folder / "pope" / f"scenes_pope_{setting}.json")
+    _write_benchmarks(folder, min(pope_images, test // 2), mme_images, amber_images, seed)
     _write_training_sample(folder / "training" / "captions_set_completed_train.json", training_sample, seed)
     _dump(
         folder / "world.json",
         {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": min(pope_images, test // 2)},
     )
     return World(folder)
+
+
+def _write_benchmarks(folder: Path, pope_images: int, mme_images: int, amber_images: int, seed: int) -> None:
+    instances = folder / "annotations" / "instances_test.json"
+    truth = read_truth(instances, folder / "annotations" / "captions_test.json")
+    for setting in SETTINGS:
+        lines = make_pope(truth, setting, pope_images, seed=seed, objects=objects(), question=existence_question)
+        write_jsonl(lines, folder / "pope" / f"scenes_pope_{setting}.json")
+    write_mme(make_mme(truth, instances, mme_images, seed, objects(), WORDING), folder / "mme")
+    write_amber(make_amber(truth, instances, companions(), amber_images, seed, objects(), WORDING), folder / "amber")
 
 
 def _write_split(folder: Path, split: str, n: int, seed: int) -> None:
@@ -180,9 +194,23 @@ class World:
         )
 
     def pope(self, setting: str) -> Path:
+        """The POPE file of a setting, for ``read_pope``."""
         path = self.folder / "pope" / f"{self.info['name']}_pope_{setting}.json"
         if not path.is_file():
             raise ValueError(
                 f"no POPE file for setting {setting!r}; there are {sorted(p.name for p in path.parent.glob('*'))}"
             )
         return path
+
+    def mme(self) -> Path:
+        """The folder of MME's hallucination subset, for ``read_mme``."""
+        return self._benchmark("mme")
+
+    def amber(self) -> Path:
+        """The folder of AMBER's files, for ``read_amber``."""
+        return self._benchmark("amber")
+
+    def _benchmark(self, name: str) -> Path:
+        if not (self.folder / name).is_dir():
+            raise ValueError(f"world {self.info['name']!r} has no folder {name!r}; make the world again to write it")
+        return self.folder / name

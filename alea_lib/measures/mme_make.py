@@ -1,0 +1,171 @@
+"""Make the hallucination subset of MME (Fu et al. 2023) from any world that has COCO's files, in MME's own format."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from alea_lib.tables import DataError, replacing
+from alea_lib.worlds.lexicon import load_lexicon
+
+from .mme import TASKS
+from .pope_make import existence_question
+from .records import PathLike, read_json
+from .truth import Truth
+
+COLUMNS = 3  # left, middle, right
+
+
+def count_question(category: str) -> str:
+    """ "Are there two dogs in the image?"; true when exactly two are marked."""
+    return f"Are there two {load_lexicon().plural(category)} in the image?"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How each fact is asked for. ``side(category, 0 | 1 | 2)`` and ``colour(name)`` exist only in worlds whose
+    annotations say where things stand without doubt, and what colour the ground has: None leaves them out."""
+
+    existence: Callable[[str], str] = existence_question
+    count: Callable[[str], str] = count_question
+    side: Callable[[str, int], str] | None = None
+    colour: Callable[[str], str] | None = None
+
+
+PLAIN = Wording()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the annotations say of one image: how often each category is marked (crowds apart), the column of
+    what is there once, the colour of the ground ("" when the file does not tell)."""
+
+    image_id: int
+    file_name: str
+    counts: dict[str, int]
+    columns: dict[str, int]
+    colour: str
+
+
+def read_facts(instances_json: PathLike) -> list[Facts]:
+    """The facts of every image of a COCO instances file, by id."""
+    data = read_json(instances_json, dict)
+    try:
+        names = {c["id"]: c["name"] for c in data["categories"]}
+        boxes: dict[int, list] = {image["id"]: [] for image in data["images"]}
+        for a in data["annotations"]:
+            boxes[a["image_id"]].append((names[a["category_id"]], a.get("bbox"), a.get("iscrowd", 0)))
+        return [_facts(image, boxes[image["id"]]) for image in sorted(data["images"], key=lambda i: i["id"])]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{instances_json}: an image or annotation lacks {error}; not a COCO instances file") from error
+
+
+def _facts(image: dict, marked: list[tuple]) -> Facts:
+    crowds = {name for name, _, crowd in marked if crowd}
+    counts = Counter(name for name, _, _ in marked if name not in crowds)
+    columns = {}
+    for name, box, _ in marked:
+        if counts[name] == 1 and box and image.get("width"):
+            columns[name] = min(int((box[0] + box[2] / 2) * COLUMNS / image["width"]), COLUMNS - 1)
+    return Facts(image["id"], image.get("file_name", ""), dict(counts), columns, image.get("background", ""))
+
+
+Asked = tuple[str, str]  # the question whose answer is yes, the one whose answer is no
+
+
+def existence(facts: Facts, truth: Truth, objects: Sequence[str], wording: Wording, rng) -> Asked | None:
+    """An object that is marked, and one that neither an instance nor a reference caption shows."""
+    there = [c for c in objects if c in facts.counts]
+    absent = [c for c in objects if c not in truth[facts.image_id]]
+    return (wording.existence(_pick(rng, there)), wording.existence(_pick(rng, absent))) if there and absent else None
+
+
+def count(facts: Facts, objects: Sequence[str], wording: Wording, rng) -> Asked | None:
+    """A category that is there twice, and one that is there once."""
+    twice = [c for c in objects if facts.counts.get(c) == 2]
+    once = [c for c in objects if facts.counts.get(c) == 1]
+    return (wording.count(_pick(rng, twice)), wording.count(_pick(rng, once))) if twice and once else None
+
+
+def side(facts: Facts, objects: Sequence[str], wording: Wording, rng) -> Asked | None:
+    """The true and a false side of a category that is there once."""
+    single = [c for c in objects if c in facts.columns]
+    if not single or wording.side is None:
+        return None
+    chosen = _pick(rng, single)
+    true = facts.columns[chosen]
+    false = _pick(rng, [c for c in range(COLUMNS) if c != true])
+    return wording.side(chosen, true), wording.side(chosen, false)
+
+
+def colour(facts: Facts, colours: Sequence[str], wording: Wording, rng) -> Asked | None:
+    """The ground's colour, and another one of the world."""
+    others = [c for c in colours if c != facts.colour]
+    if not facts.colour or not others or wording.colour is None:
+        return None
+    return wording.colour(facts.colour), wording.colour(_pick(rng, others))
+
+
+def _pick(rng: np.random.Generator, values: Sequence):
+    return values[int(rng.integers(len(values)))]
+
+
+def colours_of(world: list[Facts]) -> list[str]:
+    """The ground's colours that occur, in alphabetical order."""
+    return sorted({f.colour for f in world} - {""})
+
+
+def ask(task: str, facts: Facts, truth: Truth, objects, colours, wording: Wording, rng) -> Asked | None:
+    """The two questions of a task about an image, or None where the image does not allow them."""
+    if task == "existence":
+        return existence(facts, truth, objects, wording, rng)
+    if task == "color":
+        return colour(facts, colours, wording, rng)
+    return (count if task == "count" else side)(facts, objects, wording, rng)
+
+
+def make_mme(
+    truth: Truth,
+    instances_json: PathLike,
+    n_images: int = 60,
+    seed: int = 0,
+    objects: Sequence[str] | None = None,
+    wording: Wording = PLAIN,
+) -> pd.DataFrame:
+    """Two questions an image, yes then no: task, image, text, label, image_id; at most ``n_images`` a task.
+
+    Existence and count need the annotations alone; position and colour also their ``wording``. ``objects``:
+    the categories that may be asked for (default: all that occur). A task that no image allows is left out;
+    DataError when none is left.
+    """
+    world = [f for f in read_facts(instances_json) if f.image_id in truth]
+    colours = colours_of(world)
+    objects = [c for c in truth.categories if objects is None or c in set(objects)]
+    rows = []
+    for number, task in enumerate(TASKS):
+        asked = {}
+        for f in world:
+            rng = np.random.default_rng([seed, number, f.image_id])
+            if (pair := ask(task, f, truth, objects, colours, wording, rng)) is not None:
+                asked[f.image_id] = (f.file_name, pair)
+        ids = list(asked)
+        chosen = np.random.default_rng([seed, number]).permutation(len(ids))[:n_images]
+        for i in sorted(ids[k] for k in chosen):
+            name, pair = asked[i]
+            rows += [(task, name, text, label, i) for text, label in zip(pair, ("yes", "no"), strict=True)]
+    if not rows:
+        raise DataError(f"{instances_json}: no image allows a question; are there objects in it?")
+    return pd.DataFrame(rows, columns=["task", "image", "text", "label", "image_id"])
+
+
+def write_mme(questions: pd.DataFrame, folder: PathLike) -> None:
+    """Write questions in MME's format: one folder a task, a text file an image, named as the image."""
+    for (task, image), pair in questions.groupby(["task", "image"], sort=False):
+        lines = [f"{text}\t{label.capitalize()}\n" for text, label in zip(pair["text"], pair["label"], strict=True)]
+        with replacing(Path(folder) / task / f"{Path(image).stem}.txt") as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
