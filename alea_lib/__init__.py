@@ -79,6 +79,8 @@ _EXPORTS = {
     "first_references": "probe.ability",
     "yes_no_answers": "probe.answers",
     "evaluate": "scoring",
+    "read_benchmarks": "scoring",
+    "frontier_rows": "scoring",
     "truncated": "scoring",
     "score_rows": "scoring",
     "read_evaluated": "scoring",

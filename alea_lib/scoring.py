@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
 from .edit.delta import Delta, applied
+from .measures.amber import Amber, amber, amber_responses, read_amber
 from .measures.chair import chair, distinct
 from .measures.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap
-from .measures.pope import pope
+from .measures.mme import mme, read_mme
+from .measures.pope import pope, read_pope
+from .measures.pope_make import SETTINGS
 from .measures.truth import Truth
 from .probe.ability import ability, first_references
-from .probe.answers import captions, pope_answers
+from .probe.answers import captions, yes_no_answers
 from .probe.grounding import attention_share, counterfactual
 from .stats import paired_difference, summarise
 from .tables import DIFFERENCE, metric_rows, read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
 from .vlm import VLM
-from .worlds.write import Split
+from .worlds.write import Split, World
 
 GROUP = ["benchmark", "scorer", "setting"]
 COLUMNS = [*GROUP, "image_id", "metric", "num", "den"]
-NO_PROMPT = ("pope",)  # benchmarks whose questions are the prompt
+NO_PROMPT = ("pope", "mme")  # benchmarks whose questions are the prompt
+QUESTION = ["question_id", "setting", "image", "text", "label", "image_id"]
 
 
 @dataclass(frozen=True)
@@ -35,11 +39,34 @@ class Evaluated:
     notes: pd.DataFrame
 
 
+@dataclass(frozen=True)
+class Benchmarks:
+    """Questions about the images of a split: ``pope`` of all settings with ids made unique, ``mme``, and ``amber``."""
+
+    pope: pd.DataFrame
+    mme: pd.DataFrame
+    amber: Amber
+
+    def questions(self) -> dict[str, pd.DataFrame]:
+        """Benchmark -> its yes/no questions, all in POPE's columns."""
+        return {"pope": self.pope, "mme": self.mme, "amber": self.amber.questions()}
+
+
+def read_benchmarks(world: World, image_ids: list[int]) -> Benchmarks:
+    """The question sets of a world, as far as they are about these images."""
+    asked = {s: read_pope(world.pope(s)) for s in SETTINGS}
+    parts = [q.assign(setting=s, question_id=s + q["question_id"].astype(str)) for s, q in asked.items()]
+    whole = read_amber(world.amber())
+    tables = (pd.concat(parts, ignore_index=True), read_mme(world.mme()), whole.queries)
+    own = [t[t["image_id"].isin(image_ids)].reset_index(drop=True) for t in tables]
+    return Benchmarks(own[0][QUESTION], own[1], replace(whole, queries=own[2]))
+
+
 def evaluate(
     vlm: VLM,
     split: Split,
     truth: Truth,
-    questions: pd.DataFrame,
+    benchmarks: Benchmarks,
     max_new_tokens: int,
     delta: Delta | None = None,
     prompt: str = "plain",
@@ -47,14 +74,14 @@ def evaluate(
 ) -> Evaluated:
     """All measures of a model, edited by ``delta`` if there is one.
 
-    ``questions``: POPE of all settings. ``n_grounding``: how many of the split's images, from the first, the
-    counterfactual measures take (all if None).
+    ``n_grounding``: how many of the split's images, from the first, the counterfactual measures take (all if None).
     """
     features = vlm.features(split.files)
     few = split.take(n_grounding)
+    asked = pd.concat([q.assign(benchmark=b) for b, q in benchmarks.questions().items()], ignore_index=True)
     with applied(vlm, delta):
         told = captions(vlm, split, features, prompt, max_new_tokens)
-        said = pope(pope_answers(vlm, split, features, questions), questions)
+        said = yes_no_answers(vlm, split, features, asked, name="questions")
         share = attention_share(vlm, features, told, prompt)
         effect = counterfactual(vlm, few, features[: len(few.ids)], told[: len(few.ids)], truth, prompt)
     kept = ability(vlm, features, first_references(split), delta, prompt)
@@ -63,19 +90,43 @@ def evaluate(
         share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
         effect.assign(benchmark="grounding", scorer="teacher-forced"),
         kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
+        *_question_items(said, told, benchmarks),
     ]
-    parts += [items.assign(benchmark="pope", scorer="official", setting=s) for s, items in said.by_setting.items()]
-    parts += [said.items.assign(benchmark="pope", scorer="official", setting="all")]
     notes = [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
     return Evaluated(told, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
 
 
-def truncated(base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int) -> Evaluated:
-    """The control ``truncation``: the base model's captions without their last sentence."""
+def _question_items(said: pd.DataFrame, told: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
+    """Items of the three benchmarks; AMBER's descriptions are the captions of its images."""
+    keys = ["setting", "question_id", "answer"]
+    answers = {b: said.loc[said["benchmark"] == b, keys] for b in benchmarks.questions()}
+    found = pope(answers["pope"], benchmarks.pope)
+    by_setting = {"all": found.items, **found.by_setting}
+    return [
+        *(items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()),
+        mme(answers["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"),
+        _amber_items(told, answers["amber"], benchmarks.amber),
+    ]
+
+
+def _amber_items(told: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
+    described = told[told["image_id"].isin(benchmark.queries["image_id"])]
+    responses = amber_responses(described[["image_id", "caption"]], answers, benchmark)
+    return amber(responses, benchmark).items.assign(benchmark="amber", setting="all")
+
+
+def truncated(
+    base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int, benchmark: Amber | None = None
+) -> Evaluated:
+    """The control ``truncation``: the base model's captions without their last sentence, scored as captions alone."""
     told = drop_last_sentence(base_captions)
+    parts = [_caption_items(told, truth, max_new_tokens)]
+    if benchmark is not None:
+        parts.append(_amber_items(told, None, benchmark)[COLUMNS])
     why = "truncation cuts captions after they are written: the model that answers and attends is the base model"
-    lacking = ("pope_*", "attn_*", "blank_effect", "swap_effect", "nll_grounded", "ppl_grounded", "kl_clean")
-    return Evaluated(told, _caption_items(told, truth, max_new_tokens), _notes([(m, why) for m in lacking]))
+    lacking = ("pope_*", "mme_*", "amber_f1", "amber_score", "attn_*", "blank_effect", "swap_effect", "nll_grounded")
+    notes = _notes([(m, why) for m in (*lacking, "ppl_grounded", "kl_clean")])
+    return Evaluated(told, pd.concat(parts, ignore_index=True), notes)
 
 
 def _caption_items(told: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.DataFrame:

@@ -8,13 +8,13 @@ import torch
 
 from alea_lib.edit.delta import delta_of
 from alea_lib.measures.chair import Truth
-from alea_lib.measures.pope import read_pope
 from alea_lib.measures.truth import read_truth
 from alea_lib.scoring import (
     GROUP,
     _difference,
     evaluate,
     frontier_rows,
+    read_benchmarks,
     read_evaluated,
     score_rows,
     truncated,
@@ -31,10 +31,8 @@ def study(tiny, tiny_world):
     """Split, truth, questions, and the base model evaluated."""
     split = tiny_world.split("test")
     truth = read_truth(split.instances, split.captions)
-    files = {s: read_pope(tiny_world.pope(s)) for s in ("random", "popular", "adversarial")}
-    parts = [q.assign(setting=s, question_id=s + q["question_id"].astype(str)) for s, q in files.items()]
-    questions = pd.concat(parts, ignore_index=True)
-    return split, truth, questions, evaluate(tiny, split, truth, questions, 6)
+    benchmarks = read_benchmarks(tiny_world, split.ids)
+    return split, truth, benchmarks, evaluate(tiny, split, truth, benchmarks, 6)
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +44,21 @@ def changed(tiny):
 
 
 def test_base_rows_keep_the_contract(study):
-    split, truth, questions, base = study
+    split, truth, benchmarks, base = study
     rows = check_metrics(score_rows(base, None, truth, method="base", **KEYS))
     assert list(rows.columns) == list(METRIC_COLUMNS)
     found = rows.set_index(["benchmark", "setting", "metric"])
     for metric in ("chair_s", "recall", "words", "objects_per_caption", "eos_rate"):
         assert ("chair", "max6", metric) in found.index
     for setting in ("all", "random", "popular", "adversarial"):
-        assert found.loc[("pope", setting, "pope_accuracy"), "n"] == questions["image_id"].nunique()
+        assert found.loc[("pope", setting, "pope_accuracy"), "n"] == benchmarks.pope["image_id"].nunique()
     assert ("pope", "", "pope_accuracy") not in found.index
+    for benchmark in ("pope", "mme"):
+        assert (rows.loc[rows["benchmark"] == benchmark, "prompt"] == "").all()
+    for metric in ("mme_total", "mme_position_accuracy", "mme_color_accuracy_plus"):
+        assert found.loc[("mme", "all", metric), "n"] >= 1
+    for metric in ("amber_chair", "amber_cover", "amber_hal", "amber_cog", "amber_f1", "amber_score"):
+        assert ("amber", "all", metric) in found.index
     for metric in ("attn_last_max", "attn_last_mean", "attn_all_mean"):
         assert ("grounding", "answer", metric) in found.index
     for metric in ("blank_effect", "swap_effect"):
@@ -64,16 +68,15 @@ def test_base_rows_keep_the_contract(study):
         assert ppl[column] == pytest.approx(math.exp(nll[column]))
     assert found.loc[("chair", "max6", "distinct"), "value"] == base.captions["caption"].nunique() / len(split.ids)
     assert "kl_clean" not in set(rows["metric"]) and base.notes["metric"].tolist() == ["kl_clean"]
-    assert (rows.loc[rows["benchmark"] == "pope", "prompt"] == "").all()
-    assert (rows.loc[rows["benchmark"] != "pope", "prompt"] == "plain").all()
+    assert (rows.loc[~rows["benchmark"].isin(["pope", "mme"]), "prompt"] == "plain").all()
     assert not rows["metric"].str.endswith("_diff").any() and "frontier_gap" not in set(rows["metric"])
     by_hand = base.captions["eos"].mean()
     assert found.loc[("chair", "max6", "eos_rate"), "value"] == pytest.approx(by_hand)
 
 
 def test_a_method_rows_hold_differences(tiny, study, changed):
-    split, truth, questions, base = study
-    found = evaluate(tiny, split, truth, questions, 6, changed)
+    split, truth, benchmarks, base = study
+    found = evaluate(tiny, split, truth, benchmarks, 6, changed)
     assert found.captions["caption"].tolist() != base.captions["caption"].tolist()  # the edit was at work
     rows = check_metrics(score_rows(found, base, truth, method="alea-mixed", **KEYS))
     alone = score_rows(base, None, truth, method="base", **KEYS)
@@ -126,10 +129,11 @@ def test_the_base_against_itself_differs_by_nothing(study):
 
 
 def test_truncated_rows_lack_what_is_not_defined(study):
-    _, truth, _, base = study
-    found = truncated(base.captions, truth, 6)
-    assert set(found.items["benchmark"]) == {"chair"}
-    assert {"pope_*", "attn_*", "blank_effect", "ppl_grounded"} <= set(found.notes["metric"])
+    _, truth, benchmarks, base = study
+    found = truncated(base.captions, truth, 6, benchmarks.amber)
+    assert set(found.items["benchmark"]) == {"chair", "amber"}
+    assert "amber_cover" in set(found.items["metric"]) and "amber_f1" not in set(found.items["metric"])
+    assert {"pope_*", "mme_*", "amber_f1", "attn_*", "blank_effect", "ppl_grounded"} <= set(found.notes["metric"])
     assert found.notes["reason"].str.len().min() > 20
     rows = check_metrics(score_rows(found, base, truth, method="truncation", **KEYS))
     assert not rows["metric"].str.startswith(("pope", "attn")).any()
