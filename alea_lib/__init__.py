@@ -40,6 +40,8 @@ _EXPORTS = {
     "amber_responses": "measures.amber",
     "under_budget": "measures.frontier",
     "frequent_companions": "measures.chair",
+    "timings": "measures.bench",
+    "TimingSizes": "measures.bench",
     "summarise": "stats",
     "paired_difference": "stats",
     "images_needed": "stats",
