@@ -22,7 +22,8 @@ class SilentTap(RuntimeError):
 def read_outputs(
     vlm: VLM, part: str, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
 ) -> Iterator[None]:
-    """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each layer."""
+    """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each
+    layer."""
 
     def hook(layer, output):
         take(layer, output[0] if isinstance(output, tuple) else output)
@@ -111,11 +112,19 @@ def started_at(vlm: VLM, layer: int, h: torch.Tensor) -> Iterator[None]:
     The layers below are passed over, whatever embeddings of the same shape go in; masks, positions and the final norm
     are the model's own, so the result equals a whole pass in which ``h`` came out of the layers below.
     """
-    skipped = [vlm.module("layer", i) for i in range(layer)]
+
+    def passed_over(*args, **kwargs):
+        return h
+
+    passed_over.counts = False
     with ExitStack() as stack:
-        for module in skipped:
-            module.forward = lambda *args, **kwargs: h
-            stack.callback(module.__dict__.pop, "forward")
+        for module in [vlm.module("layer", i) for i in range(layer)]:
+            own = module.__dict__.get("forward")
+            module.forward = passed_over
+            if own is None:
+                stack.callback(module.__dict__.pop, "forward")
+            else:
+                stack.callback(setattr, module, "forward", own)
         yield
 
 
@@ -133,7 +142,7 @@ def counted(vlm: VLM) -> Iterator[Count]:
 
     def hook(module, args, output):
         h = output[0] if isinstance(output, tuple) else output
-        if "forward" in module.__dict__:  # passed over by ``started_at``
+        if not getattr(module.forward, "counts", True):
             return
         count.forwards += len(h) / vlm.n_layers
         if h.requires_grad:

@@ -39,13 +39,14 @@ class LocateSettings:
       ``sites``       positions that are ablated, attributed or restored: ``all``, or from the one that predicts the
                       ``answer``'s first token on.
       ``ablation``    an MLP's output becomes ``zero``, or its ``mean`` over the answers' tokens of all pairs.
-      ``corruption``  tracing: ``blank`` (a grey picture), ``noise`` (added to the features, ``noise`` times their standard
-                      deviation), ``swap`` (the next other image in the order of image_id).
+      ``corruption``  tracing: ``blank`` (a grey picture), ``noise`` (added to the features, ``noise`` times their
+                      standard deviation), ``swap`` (the next other image in the order of image_id).
       ``restore``     tracing puts back clean ``mlp`` outputs, or whole ``state``s (then at the answer's positions).
       ``window``      tracing: how many neighbouring layers are put back together.
     The rest
       ``top_k``       directions of the singular value decomposition (Nullu: 4).
-      ``outlier``     vision-aware divergence: how many robust standard deviations from a layer's median are too many.
+      ``outlier``     vision-aware divergence: a token further from its answer's median than so many robust standard
+                      deviations is dropped.
       ``batch_size``  pairs in a batch; memory grows with it, never with the number of pairs.
       ``max_rows``    largest number of sequences in one forward pass of a batched ablation.
       ``seed``        of noise and of the random controls.
@@ -79,6 +80,7 @@ class LocateSettings:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
 
 
+DEFAULT = LocateSettings()
 # What the official code does (method facts, section 2): the two texts alone, padded together and compared position by
 # position; raw L2; the last entry after the final norm; the union of each pair's best layer over 50 pairs.
 OFFICIAL = LocateSettings(prompt=None, image=False, pooling="padded", final_norm=True, batch_size=50)
