@@ -5,7 +5,7 @@ Addresses come from the family row (:mod:`alea_lib.families`); a site that never
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -19,24 +19,139 @@ class SilentTap(RuntimeError):
 
 
 @contextmanager
-def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: list[int] | None = None) -> Iterator[None]:
+def read_outputs(
+    vlm: VLM, part: str, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
+) -> Iterator[None]:
+    """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each
+    layer."""
+
+    def hook(layer, output):
+        take(layer, output[0] if isinstance(output, tuple) else output)
+
+    with _hooked(vlm, part, layers, after=hook):
+        yield
+
+
+def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None):
     """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer (before any final norm)."""
-    wanted = range(vlm.n_layers) if layers is None else layers
+    return read_outputs(vlm, "layer", take, layers)
+
+
+@contextmanager
+def read_heads(
+    vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
+) -> Iterator[None]:
+    """Call ``take(layer, o)`` with the head outputs o [B,T,H,D/H] of each layer, before ``o_proj`` mixes them."""
+
+    def hook(layer, x):
+        take(layer, x.unflatten(-1, (vlm.n_heads, -1)))
+
+    with _hooked(vlm, "o_proj", layers, before=hook):
+        yield
+
+
+@contextmanager
+def replaced_outputs(
+    vlm: VLM, part: str, change: Callable[[int, torch.Tensor], torch.Tensor], layers: Iterable[int]
+) -> Iterator[None]:
+    """Let the part of these layers give ``change(layer, out)`` [B,T,D] instead of its output ``out``."""
+
+    def hook(layer, output):
+        if isinstance(output, tuple):
+            return (change(layer, output[0]), *output[1:])
+        return change(layer, output)
+
+    with _hooked(vlm, part, layers, after=hook):
+        yield
+
+
+@contextmanager
+def replaced_heads(
+    vlm: VLM, change: Callable[[int, torch.Tensor], torch.Tensor], layers: Iterable[int]
+) -> Iterator[None]:
+    """Let ``o_proj`` of these layers read ``change(layer, o)`` [B,T,H,D/H] instead of the head outputs ``o``."""
+
+    def hook(layer, x):
+        return (change(layer, x.unflatten(-1, (vlm.n_heads, -1))).flatten(-2),)
+
+    with _hooked(vlm, "o_proj", layers, before=hook):
+        yield
+
+
+@contextmanager
+def _hooked(vlm: VLM, part: str, layers, before=None, after=None) -> Iterator[None]:
+    """``before(layer, input)`` or ``after(layer, output)`` on a part of each layer; what they return replaces it."""
+    wanted = range(vlm.n_layers) if layers is None else list(layers)
     with ExitStack() as stack:
         fired = set()
         for layer in wanted:
-            module = vlm.module("layer", layer)
+            module = vlm.module(part, layer)
 
-            def hook(_, args, output, layer=layer):
+            def pre(_, args, layer=layer):
                 fired.add(layer)
-                take(layer, output[0] if isinstance(output, tuple) else output)
+                return before(layer, args[0])
 
-            stack.callback(module.register_forward_hook(hook).remove)
+            def post(_, args, output, layer=layer):
+                fired.add(layer)
+                return after(layer, output)
+
+            handle = module.register_forward_pre_hook(pre) if before else module.register_forward_hook(post)
+            stack.callback(handle.remove)
         yield
         if silent := sorted(set(wanted) - fired):
             raise SilentTap(
-                f"layers {silent} of {vlm.key} did not run while they were read; run a forward pass inside the block"
+                f"{part} of layers {silent} of {vlm.key} did not run while it was read or replaced; "
+                "run a forward pass inside the block"
             )
+
+
+@contextmanager
+def started_at(vlm: VLM, layer: int, h: torch.Tensor) -> Iterator[None]:
+    """Let the language model run from ``layer`` on, with ``h`` [B,T,D] as that layer's input.
+
+    The layers below are passed over, whatever embeddings of the same shape go in; masks, positions and the final norm
+    are the model's own, so the result equals a whole pass in which ``h`` came out of the layers below.
+    """
+
+    def passed_over(*args, **kwargs):
+        return h
+
+    passed_over.counts = False
+    with ExitStack() as stack:
+        for module in [vlm.module("layer", i) for i in range(layer)]:
+            own = module.__dict__.get("forward")
+            module.forward = passed_over
+            if own is None:
+                stack.callback(module.__dict__.pop, "forward")
+            else:
+                stack.callback(setattr, module, "forward", own)
+        yield
+
+
+class Count:
+    """Sequences that went through the language model: ``forwards`` and ``backwards``, a whole pass of one being 1."""
+
+    def __init__(self):
+        self.forwards = self.backwards = 0.0
+
+
+@contextmanager
+def counted(vlm: VLM) -> Iterator[Count]:
+    """Count forward and backward passes, layer by layer: a pass through half of the layers is half a pass."""
+    count = Count()
+
+    def hook(module, args, output):
+        h = output[0] if isinstance(output, tuple) else output
+        if not getattr(module.forward, "counts", True):
+            return
+        count.forwards += len(h) / vlm.n_layers
+        if h.requires_grad:
+            h.register_hook(lambda g: setattr(count, "backwards", count.backwards + len(g) / vlm.n_layers))
+
+    with ExitStack() as stack:
+        for layer in range(vlm.n_layers):
+            stack.callback(vlm.module("layer", layer).register_forward_hook(hook).remove)
+        yield count
 
 
 @contextmanager
@@ -83,6 +198,33 @@ def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: to
 
     The output still comes from the fused kernel; only these rows' softmax is computed beside it, one layer at a time.
     """
+
+    def beside(module, query, key, value, mask, scaling, fused):
+        take(module.layer_idx, _row_softmax(module, query, key, mask, scaling, rows))
+
+    with _beside_attention(vlm, beside):
+        yield
+
+
+@contextmanager
+def read_parts(vlm: VLM, take: Callable[[int, torch.Tensor], None], keys: torch.Tensor) -> Iterator[None]:
+    """Call ``take(layer, part)`` with what the key positions ``keys`` [B,K] bool add to the head outputs, [B,T,H,D/H].
+
+    Head outputs are sums over keys of attention times value; the rest of the sum is the head output minus the part.
+    The part is detached from any graph.
+    """
+
+    def beside(module, query, key, value, mask, scaling, fused):
+        with torch.no_grad():
+            take(module.layer_idx, fused(query, key, value * keys[:, None, :, None], mask))
+
+    with _beside_attention(vlm, beside):
+        yield
+
+
+@contextmanager
+def _beside_attention(vlm: VLM, beside: Callable) -> Iterator[None]:
+    """Run ``beside`` at each attention of the language model; the output still comes from the fused kernel."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -90,17 +232,18 @@ def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: to
     fired = set()
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        def fused(q, k, v, mask):
+            return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+
         fired.add(module.layer_idx)
-        take(module.layer_idx, _row_softmax(module, query, key, attention_mask, scaling, rows))
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        beside(module, query, key, value, attention_mask, scaling, fused)
+        return fused(query, key, value, attention_mask), None
 
     # Without a mask function of the same name the mask would silently be None: padded rows come out wrong.
-    ALL_ATTENTION_FUNCTIONS.register("alea_rows", attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("alea_rows", sdpa_mask)
+    ALL_ATTENTION_FUNCTIONS.register("alea_beside", attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("alea_beside", sdpa_mask)
     before = vlm.model.config.get_text_config()._attn_implementation
-    vlm.model.set_attn_implementation({"text_config": "alea_rows"})
+    vlm.model.set_attn_implementation({"text_config": "alea_beside"})
     try:
         yield
     finally:

@@ -1,103 +1,223 @@
-"""LOCATE: which layers separate the hallucinated from the grounded answer. One function a locator, one registry."""
+"""LOCATE, layers: one function a locator, evidence in, scores [N,L] out, larger = more suspect.
+
+p and n are the pooled states of the positive and the negative after a layer, d = n - p. The *contrast* of a pair is
+the mean (log-)probability of the negative's wrong objects minus that of the positive's truthful ones.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import pandas as pd
-import torch
 
-Locator = Callable[[torch.Tensor, torch.Tensor, int], np.ndarray]
-LOCATORS: dict[str, Locator] = {}
+from ..taps import full_weight
+from .evidence import Evidence
+from .registry import layer_locator
 
-
-def locator(name: str) -> Callable[[Locator], Locator]:
-    """Register a locator: (positive [N,L,D], negative [N,L,D], seed) -> scores [N,L], larger = more suspect."""
-
-    def add(function: Locator) -> Locator:
-        LOCATORS[name] = function
-        return function
-
-    return add
+PAPER = "ALEAHallu (arXiv 2512.21999)"
 
 
-@locator("relative-l2")
-def relative_l2(positive: torch.Tensor, negative: torch.Tensor, seed: int = 0) -> np.ndarray:
-    """|p - n| / mean(|p|, |n|): free of the growth of norms with depth. Our correction of the paper's distance."""
-    scale = (positive.norm(dim=-1) + negative.norm(dim=-1)) / 2
-    return ((positive - negative).norm(dim=-1) / scale).numpy()
+@layer_locator(
+    "relative-l2", needs=("states",), cost=2, symmetry="even",
+    formula=r"$|d| / \frac{1}{2}(|p| + |n|)$", source="this study: the paper's distance, free of the growth of norms",
+)  # fmt: skip
+def relative_l2(e: Evidence) -> np.ndarray:
+    """|p - n| / mean(|p|, |n|)."""
+    return _relative(e)[:, 1:]
 
 
-@locator("raw-l2")
-def raw_l2(positive: torch.Tensor, negative: torch.Tensor, seed: int = 0) -> np.ndarray:
+def _relative(e: Evidence) -> np.ndarray:
+    """[N, L+1], the input embeddings first; 0 where both states are zero."""
+    distance, norm = e["states"]["geometry"][..., 0], e["states"]["geometry"][..., 1]
+    return np.divide(distance, norm, out=np.zeros_like(distance), where=norm > 0)
+
+
+@layer_locator("raw-l2", needs=("states",), cost=2, symmetry="even", formula="$|d|$", source=f"{PAPER}, official code")
+def raw_l2(e: Evidence) -> np.ndarray:
     """|p - n|: the paper's distance (the official code feeds it padded text without the image)."""
-    return (positive - negative).norm(dim=-1).numpy()
+    return e["states"]["geometry"][:, 1:, 0]
 
 
-@locator("random")
-def random(positive: torch.Tensor, negative: torch.Tensor, seed: int = 0) -> np.ndarray:
-    """Control: one random order of the layers, the same for every pair."""
-    order = np.random.default_rng([seed, 5]).permutation(positive.shape[1]).astype(float)
-    return np.tile(order, (len(positive), 1))
+@layer_locator(
+    "cosine", needs=("states",), cost=2, symmetry="even",
+    formula=r"$1 - \cos(p, n)$", source="this study: direction alone",
+)  # fmt: skip
+def cosine(e: Evidence) -> np.ndarray:
+    """1 - cosine of the two states."""
+    return 1 - e["states"]["geometry"][:, 1:, 2]
 
 
-@locator("last")
-def last(positive: torch.Tensor, negative: torch.Tensor, seed: int = 0) -> np.ndarray:
-    """Control: the deeper, the more suspect."""
-    return np.tile(np.arange(positive.shape[1], dtype=float), (len(positive), 1))
+@layer_locator(
+    "increment", needs=("states",), cost=2, symmetry="even",
+    formula=r"$r_l - r_{l-1}$, $r$ the relative L2", source="this study: where the distance is made, not where it is",
+)  # fmt: skip
+def increment(e: Evidence) -> np.ndarray:
+    """Growth of the relative distance in a layer; the first layer is compared with the input embeddings."""
+    return np.diff(_relative(e), axis=1)
 
 
-def locate_layers(
-    positive: torch.Tensor, negative: torch.Tensor, names: list[str] | None = None, seed: int = 0
-) -> pd.DataFrame:
-    """Scores of several locators as a tidy table: locator, pair, layer, score. KeyError names the known ones."""
-    parts = []
-    for name in names or list(LOCATORS):
-        if name not in LOCATORS:
-            raise KeyError(f"unknown locator {name!r}; there are {sorted(LOCATORS)}")
-        scores = LOCATORS[name](positive, negative, seed)
-        pair, layer = np.indices(scores.shape)
-        parts.append(
-            pd.DataFrame({"locator": name, "pair": pair.ravel(), "layer": layer.ravel(), "score": scores.ravel()})
-        )
-    return pd.concat(parts, ignore_index=True)
+@layer_locator(
+    "whitened", needs=("states",), cost=2, symmetry="even",
+    formula=r"$\sqrt{d^T \Sigma^{-1} d}$, $\Sigma$ shrunk", source="Ledoit and Wolf 2004 (the shrinkage)",
+)  # fmt: skip
+def whitened(e: Evidence) -> np.ndarray:
+    """Mahalanobis distance under the covariance of all states of the layer."""
+    s = e["states"]
+    return _by_layer(_whitened, s["positive"], s["negative"])
 
 
-def choose_layers(scores: pd.DataFrame, k: int = 2, rule: str = "vote") -> list[int]:
-    """The ``k`` layers that one locator names, in order of depth.
+def _by_layer(function, *states: np.ndarray) -> np.ndarray:
+    """Apply a function of [N,D] arrays to each layer of [N,L,D] arrays -> [N,L]."""
+    return np.stack([function(*(x[:, i].astype(float) for x in states)) for i in range(states[0].shape[1])], axis=1)
 
-    ``vote``: each pair votes for its own best layer, most votes win (ties: the higher mean score). ``mean``: largest
-    mean score. ValueError for another rule or when ``k`` exceeds the number of layers.
+
+def _whitened(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+    x = np.concatenate([p, n])
+    x = x - x.mean(0)
+    _, singular, directions = np.linalg.svd(x, full_matrices=False)
+    values = singular**2 / len(x)
+    share, mean = shrinkage(x, values), max(values.sum() / x.shape[1], 1e-30)
+    d = n - p
+    inside = d @ directions.T
+    rest = np.maximum((d**2).sum(1) - (inside**2).sum(1), 0)  # outside the span the covariance is the target alone
+    return np.sqrt((inside**2 / ((1 - share) * values + share * mean)).sum(1) + rest / (share * mean))
+
+
+def shrinkage(x: np.ndarray, values: np.ndarray) -> float:
+    """Ledoit and Wolf's share of the scaled identity in the covariance of centred rows x [n,D] with these eigenvalues,
+    kept between 0.01 and 1 (few rows would leave it singular)."""
+    n, width = x.shape
+    spread = (values**2).sum() / width - (values.sum() / width) ** 2
+    noise = ((x**2).sum(1) ** 2).sum() / width / n**2 - (values**2).sum() / width / n
+    return float(np.clip(noise / max(spread, 1e-30), 0.01, 1.0))
+
+
+@layer_locator(
+    "svd-energy", needs=("states",), cost=2, symmetry="even",
+    formula=r"$|V_k^T d|^2 / \overline{|d|^2}$, $V_k$ the top-$k$ right singular vectors of all $d$",
+    source="Nullu",
+)  # fmt: skip
+def svd_energy(e: Evidence) -> np.ndarray:
+    """Energy of a pair's difference in the top-k subspace; the mean over pairs is the top-k share of all energy."""
+    k, s = e.settings.top_k, e["states"]
+
+    def energy(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+        d = n - p
+        top = np.linalg.svd(d, full_matrices=False)[2][:k]
+        return ((d @ top.T) ** 2).sum(1) / max((d**2).sum(1).mean(), 1e-30)
+
+    return _by_layer(energy, s["positive"], s["negative"])
+
+
+@layer_locator(
+    "probe", needs=("states",), cost=2, symmetry="even",
+    formula="accuracy of a ridge probe on the pair left out", source="linear probing",
+)  # fmt: skip
+def probe(e: Evidence) -> np.ndarray:
+    """Share of a pair's two answers that a linear probe tells right which was trained on all other pairs (0, 1/2,
+    1)."""
+    s = e["states"]
+    return _by_layer(left_out, s["positive"], s["negative"])
+
+
+def left_out(p: np.ndarray, n: np.ndarray, ridge: float = 1.0) -> np.ndarray:
+    """Ridge regression of +1 (negative) and -1 (positive) in dual form; leaving out a pair has a closed form.
+
+    ``ridge`` is in units of the mean eigenvalue of the Gram matrix. States are centred over all answers (without
+    labels).
     """
-    return _choose(scores.pivot(index="pair", columns="layer", values="score").to_numpy(), k, rule)
+    x = np.concatenate([p, n])
+    x = x - x.mean(0)
+    gram, y, pairs = x @ x.T, np.repeat([-1.0, 1.0], len(p)), len(p)
+    inverse = np.linalg.inv(gram + np.eye(len(x)) * max(ridge * np.trace(gram) / len(x), 1e-30))
+    alpha, right = inverse @ y, np.zeros(pairs)
+    for i in range(pairs):
+        both = [i, i + pairs]
+        guess = y[both] - np.linalg.solve(inverse[np.ix_(both, both)], alpha[both])
+        right[i] = np.where(np.abs(guess) < 1e-9, 0.5, guess * y[both] > 0).mean()
+    return right
 
 
-def _choose(table: np.ndarray, k: int, rule: str) -> list[int]:
-    """``table`` [pairs, layers]."""
-    if not 0 < k <= table.shape[1]:
-        raise ValueError(f"{k} layers asked for, the model has {table.shape[1]}")
-    mean = table.mean(0)
-    if rule == "mean":
-        ranked = np.argsort(-mean, kind="stable")
-    elif rule == "vote":
-        votes = np.bincount(table.argmax(1), minlength=table.shape[1])
-        ranked = np.lexsort((-mean, -votes))
-    else:
-        raise ValueError(f"unknown rule {rule!r}; there are 'vote' and 'mean'")
-    return sorted(int(layer) for layer in ranked[:k])
+@layer_locator(
+    "tracing", needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1), symmetry="odd",
+    formula="contrast(corrupted image, layers around $l$ restored) - contrast(corrupted image), of $p$",
+    source="causal tracing (Meng et al. 2022)",
+)  # fmt: skip
+def tracing(e: Evidence) -> np.ndarray:
+    """Indirect effect of a window of layers on the probability of the wrong against the truthful objects."""
+    return e["tracing"]["effect"]
 
 
-def stability(
-    scores: pd.DataFrame, k: int = 2, rule: str = "vote", resamples: int = 100, seed: int = 0
-) -> pd.DataFrame:
-    """Share of resamples of the pairs in which a layer is chosen, [locator, layer]."""
-    rng = np.random.default_rng([seed, 6])
-    rows = {}
-    for name, part in scores.groupby("locator", sort=False):
-        wide = part.pivot(index="pair", columns="layer", values="score").to_numpy()
-        share = np.zeros(wide.shape[1])
-        for _ in range(resamples):
-            share[_choose(wide[rng.integers(0, len(wide), len(wide))], k, rule)] += 1 / resamples
-        rows[name] = share
-    return pd.DataFrame(rows).T.rename_axis(index="locator", columns="layer")
+@layer_locator(
+    "ablation", needs=("mlp-ablation",), cost=lambda L, H: 2 + (L + 1), symmetry="odd",
+    formula=r"contrast - contrast(MLP$_l$ ablated), of $\log p$", source="this study: the causal form",
+)  # fmt: skip
+def ablation(e: Evidence) -> np.ndarray:
+    """How much more the wrong objects lose than the truthful ones when the layer's MLP is ablated."""
+    return e["mlp-ablation"]["effect"]
+
+
+@layer_locator(
+    "gradient", needs=("mlp-gradient",), cost=2, backward=2, symmetry="odd",
+    formula=r"$\langle \nabla_{m_l} \mathrm{contrast}, m_l \rangle$, $m_l$ the MLP's output, of $\log p$",
+    source="attribution patching: the first-order form of ablation",
+)  # fmt: skip
+def gradient(e: Evidence) -> np.ndarray:
+    """Activation times gradient of the MLP's output."""
+    return e["mlp-gradient"]["effect"]
+
+
+@layer_locator(
+    "attention-entropy", needs=("attention",), image=True, cost=2, symmetry="odd",
+    formula=r"$H_n - H_p$, entropy of attention over image positions", source="this study",
+)  # fmt: skip
+def attention_entropy(e: Evidence) -> np.ndarray:
+    """How much more spread the layer's image attention is while the negative is read; mean over heads."""
+    entropy = e["attention"]["entropy"].mean(-1)
+    return entropy[:, 1] - entropy[:, 0]
+
+
+# ---- controls --------------------------------------------------------------------------------------------------------
+
+
+def _same_for_all(e: Evidence, row: np.ndarray) -> np.ndarray:
+    return np.tile(np.asarray(row, dtype=float), (len(e.pairs), *[1] * np.ndim(row)))
+
+
+@layer_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")
+def random(e: Evidence) -> np.ndarray:
+    """One random order of the layers."""
+    return _same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers))
+
+
+@layer_locator("first", symmetry="even", formula="$-l$", source="control")
+def first(e: Evidence) -> np.ndarray:
+    """The shallower, the more suspect."""
+    return _same_for_all(e, -np.arange(e.vlm.n_layers))
+
+
+@layer_locator("last", symmetry="even", formula="$l$", source="control")
+def last(e: Evidence) -> np.ndarray:
+    """The deeper, the more suspect."""
+    return _same_for_all(e, np.arange(e.vlm.n_layers))
+
+
+@layer_locator("all", symmetry="even", formula="0", source="control")
+def every(e: Evidence) -> np.ndarray:
+    """All layers alike."""
+    return _same_for_all(e, np.zeros(e.vlm.n_layers))
+
+
+@layer_locator(
+    "weight-norm", symmetry="even", formula=r"$| \|W_l\| - \mathrm{median}_{m \neq l} \|W_m\| |$, down-projections",
+    source="control: odd weights, whatever they do",
+)  # fmt: skip
+def weight_norm(e: Evidence) -> np.ndarray:
+    """How far the norm of the layer's down-projection is from the median of the others'."""
+    names = [e.vlm.address("down_proj", i) for i in range(e.vlm.n_layers)]
+    return _same_for_all(e, outlying(np.array([full_weight(e.vlm, name).norm().item() for name in names])))
+
+
+def outlying(values: np.ndarray) -> np.ndarray:
+    """Distance of each value from the median of the others; 0 for a single one."""
+    flat = values.ravel()
+    out = [abs(v - np.median(np.delete(flat, i))) if flat.size > 1 else 0.0 for i, v in enumerate(flat)]
+    return np.reshape(out, values.shape)

@@ -1,0 +1,258 @@
+"""What locators look at. A locator names its needs; each need is collected once, in batches, and shared.
+
+Two kinds of needs: a *reader* listens to the one plain pass over all pairs (all readers share it), a *pass* runs
+passes of its own (:mod:`alea_lib.locate.causal`). Both turn a batch into one row a pair, so memory grows with the
+batch alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..tables import DataError
+from ..taps import counted, read_attention, read_heads, read_layers, read_outputs
+from ..vlm import VLM
+from .settings import LocateSettings
+from .tokens import contrast_weights, encode, pooling_weights
+
+READERS: dict[str, Callable] = {}
+PASSES: dict[str, Callable] = {}
+
+
+def reader(name: str):
+    """Register a reader: ``(work, out)``, a context manager that listens to a forward pass and fills ``out``."""
+
+    def add(function):
+        READERS[name] = contextmanager(function)
+        return READERS[name]
+
+    return add
+
+
+def own_pass(name: str):
+    """Register a pass: ``work -> {name: tensor with one row a pair}``."""
+
+    def add(function):
+        PASSES[name] = function
+        return function
+
+    return add
+
+
+class Work:
+    """One batch of ``n`` pairs, the ``n`` positives first and then the ``n`` negatives, with what is computed of it."""
+
+    def __init__(self, evidence: Evidence, rows: np.ndarray):
+        self.evidence, self.vlm, self.settings, self.rows, self.n = (
+            evidence,
+            evidence.vlm,
+            evidence.settings,
+            rows,
+            len(rows),
+        )
+        part = evidence.pairs.iloc[rows]
+        self.texts = (part["positive"].tolist(), part["negative"].tolist(), part["wrong"].tolist())
+        self.features = evidence.features[torch.as_tensor(rows)]
+        self.batch = encode(self.vlm, torch.cat([self.features] * 2), self.texts[0] + self.texts[1], self.settings)
+        self.final: torch.Tensor | None = None  # what the plain pass ends in, after the last norm
+
+    @cached_property
+    def embeds(self) -> torch.Tensor:
+        """[2n,T,D]."""
+        with torch.no_grad():
+            return self.vlm.embed(self.batch)
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """[2n,T]: positions whose states are compared."""
+        return pooling_weights(self.vlm, self.batch, *self.texts, self.settings)
+
+    @cached_property
+    def contrast(self) -> torch.Tensor:
+        """[2n,T]: label positions of the objects that causal locators compare."""
+        return contrast_weights(self.vlm, self.batch, *self.texts, self.settings)
+
+    @cached_property
+    def image(self) -> torch.Tensor:
+        """[2n,T] bool: image positions."""
+        return self.batch.ids == self.vlm.model.config.image_token_id
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """[2n,R]: positions with a pooling weight, in order (short rows are filled up with positions of weight 0)."""
+        width = int((self.weight > 0).sum(1).max())
+        return (self.weight > 0).long().topk(width, dim=1).indices.sort(dim=1).values
+
+    def pooled(self, x: torch.Tensor) -> torch.Tensor:
+        """x [2n,T,...] -> its weighted mean over positions [2n,...], fp32 on the CPU."""
+        return torch.einsum("bt,bt...->b...", self.weight, x.float()).cpu()
+
+    def run(self) -> torch.Tensor:
+        """The plain pass."""
+        self.final = self.vlm.hidden(self.embeds, self.batch.mask)
+        return self.final
+
+
+class Evidence:
+    """``evidence[need]``: a dict of arrays with one row a pair, collected when first asked for.
+
+    ``costs``: need -> forwards, backwards (sequences through the whole language model) and seconds.
+    """
+
+    def __init__(self, vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, settings: LocateSettings):
+        check(features, pairs)
+        self.vlm, self.features, self.pairs, self.settings = vlm, features, pairs.reset_index(drop=True), settings
+        self.costs: dict[str, dict[str, float]] = {}
+        self._got: dict[str, dict[str, np.ndarray]] = {}
+
+    @cached_property
+    def grey(self) -> torch.Tensor:
+        """Features [1,P,D] of a picture that shows nothing."""
+        return self.vlm.features([Image.new("RGB", (336, 336), (128, 128, 128))])
+
+    def __getitem__(self, need: str) -> dict[str, np.ndarray]:
+        self.collect([need])
+        return self._got[need]
+
+    def collect(self, needs: Iterable[str]) -> None:
+        """Collect what is not there yet: all readers in one pass, then each pass of its own."""
+        missing = [n for n in dict.fromkeys(needs) if n not in self._got]
+        if unknown := [n for n in missing if n not in READERS and n not in PASSES]:
+            raise KeyError(f"unknown needs {unknown}; there are {sorted({*READERS, *PASSES})}")
+        readers = [n for n in missing if n in READERS]
+        if readers:
+            self._measure(readers, self._plain)
+        for name in missing:
+            if name in PASSES:
+                self._measure([name], lambda names: self._each(PASSES[names[0]], names[0], names[0]))
+
+    def _measure(self, names: list[str], collect: Callable) -> None:
+        started = time.perf_counter()
+        with counted(self.vlm) as count:
+            collect(names)
+        cost = {"forwards": count.forwards, "backwards": count.backwards, "seconds": time.perf_counter() - started}
+        self.costs |= {name: cost for name in names}
+
+    @torch.no_grad()
+    def _plain(self, names: list[str]) -> None:
+        def listen(work: Work) -> dict[str, torch.Tensor]:
+            out = {name: {} for name in names}
+            with ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(READERS[name](work, out[name]))
+                work.run()
+            return {(name, key): value for name in names for key, value in out[name].items()}
+
+        self._each(listen, "the plain pass")
+
+    def _each(self, function: Callable, progress: str, need: str | None = None) -> None:
+        """Run over the batches and join the rows; keys are (need, key) pairs, or belong to ``need``."""
+        parts: dict = {}
+        size = self.settings.batch_size
+        for start in tqdm(range(0, len(self.pairs), size), desc=f"locate: {progress}", leave=False):
+            work = Work(self, np.arange(start, min(start + size, len(self.pairs))))
+            for key, value in function(work).items():
+                parts.setdefault((need, key) if need else key, []).append(value.detach().float().cpu())
+        for (name, key), values in parts.items():
+            self._got.setdefault(name, {})[key] = torch.cat(values).numpy()
+
+
+def check(features: torch.Tensor, pairs: pd.DataFrame) -> None:
+    """DataError if pairs and features do not fit a locator."""
+    if missing := [c for c in ("positive", "negative", "wrong") if c not in pairs]:
+        raise DataError(f"pairs lack the columns {missing}: make them with `activate`")
+    if len(pairs) == 0 or len(pairs) != len(features):
+        raise DataError(
+            f"{len(pairs)} pairs and the features of {len(features)} images: one image a pair, at least one"
+        )
+    for column in ("positive", "negative"):
+        if (empty := pairs[column].str.strip() == "").any():
+            raise DataError(f"pair {int(np.argmax(empty))} has an empty {column} answer: leave it out")
+
+
+# ---- readers of the plain pass ---------------------------------------------------------------------------------------
+
+
+@reader("states")
+def states(work: Work, out: dict) -> Iterator[None]:
+    """``positive``, ``negative`` [n,L,D]: pooled states after each layer. ``geometry`` [n,L+1,3]: distance, mean norm
+    and cosine of the two, the input embeddings first; with padded pooling each averaged over positions."""
+    vlm, n = work.vlm, work.n
+    pooled, shapes = [None] * vlm.n_layers, [None] * vlm.n_layers
+    padded = work.settings.pooling == "padded"
+
+    def take(layer: int, h: torch.Tensor) -> None:
+        pooled[layer] = work.pooled(h)
+        shapes[layer] = (
+            geometry(h[:n].float(), h[n:].float()).mean(1).cpu() if padded else geometry(*pooled[layer].split(n))
+        )
+
+    with read_layers(vlm, take):
+        yield
+    if work.settings.final_norm:
+        take(vlm.n_layers - 1, work.final)
+    start = work.embeds if padded else work.pooled(work.embeds)[:, None]
+    first = geometry(start[:n].float(), start[n:].float()).mean(1).cpu()
+    both = torch.stack(pooled, 1)
+    out["positive"], out["negative"] = both[:n], both[n:]
+    out["geometry"] = torch.stack([first, *shapes], 1)
+
+
+def geometry(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[...,D] twice -> [...,3]: distance, mean norm, cosine (1 where both are zero)."""
+    norms = a.norm(dim=-1), b.norm(dim=-1)
+    product = norms[0] * norms[1]
+    cosine = torch.where(product > 0, (a * b).sum(-1) / product.clamp_min(1e-30), 1.0)
+    return torch.stack([(a - b).norm(dim=-1), (norms[0] + norms[1]) / 2, cosine], -1)
+
+
+@reader("mlps")
+def mlps(work: Work, out: dict) -> Iterator[None]:
+    """``mean`` [n,L,D]: the MLPs' outputs, averaged over the answers' tokens of a pair."""
+    pooled = [None] * work.vlm.n_layers
+    with read_outputs(work.vlm, "down_proj", lambda layer, x: pooled.__setitem__(layer, work.pooled(x))):
+        yield
+    both = torch.stack(pooled, 1)
+    out["mean"] = (both[: work.n] + both[work.n :]) / 2
+
+
+@reader("heads")
+def heads(work: Work, out: dict) -> Iterator[None]:
+    """``positive``, ``negative`` [n,L,H,D/H]: pooled head outputs."""
+    pooled = [None] * work.vlm.n_layers
+    with read_heads(work.vlm, lambda layer, o: pooled.__setitem__(layer, work.pooled(o))):
+        yield
+    both = torch.stack(pooled, 1)
+    out["positive"], out["negative"] = both[: work.n], both[work.n :]
+
+
+@reader("attention")
+def attention(work: Work, out: dict) -> Iterator[None]:
+    """Attention on the image, averaged over the compared positions, of the positives and the negatives.
+
+    ``mass`` [n,2,L,H]: its share. ``entropy`` [n,2,L,H]: entropy in nats of its distribution over image positions.
+    """
+    vlm, n = work.vlm, work.n
+    found = [None] * vlm.n_layers
+    weight = work.weight.gather(1, work.positions)
+
+    def take(layer: int, p: torch.Tensor) -> None:
+        on_image = p * work.image[:, None, None, :]
+        mass = on_image.sum(-1)
+        entropy = torch.special.entr(on_image / mass[..., None].clamp_min(1e-30)).sum(-1)
+        found[layer] = torch.einsum("br,xbhr->xbh", weight, torch.stack([mass, entropy])).cpu()
+
+    with read_attention(vlm, take, work.positions):
+        yield
+    both = torch.stack(found, 2)  # [2 measures, 2n, L, H]
+    for name, x in zip(("mass", "entropy"), both):
+        out[name] = torch.stack([x[:n], x[n:]], 1)

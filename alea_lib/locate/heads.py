@@ -1,0 +1,88 @@
+"""LOCATE, heads: one function a locator, evidence in, scores [N,L,H] out, larger = more suspect.
+
+o is a head's output before ``o_proj``, [D/H] a position. Contrast: see :mod:`alea_lib.locate.layers`; here of p.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..taps import full_weight
+from .evidence import Evidence
+from .layers import PAPER, _same_for_all, outlying
+from .registry import head_locator
+
+
+@head_locator(
+    "zero-ablation", needs=("head-ablation",), cost=lambda L, H: 2 + H * (L + 1), symmetry="odd",
+    formula="contrast - contrast($o = 0$)", source="AD-HH",
+)  # fmt: skip
+def zero_ablation(e: Evidence) -> np.ndarray:
+    """Fall of the wrong objects' probability without the head, minus that of the truthful ones'."""
+    return e["head-ablation"]["effect"]
+
+
+@head_locator(
+    "gradient", needs=("head-gradient",), cost=2, backward=2, symmetry="odd",
+    formula=r"$\langle \nabla_o \mathrm{contrast}, o \rangle$", source="first-order form of zero-ablation",
+)  # fmt: skip
+def gradient(e: Evidence) -> np.ndarray:
+    """<gradient, head output>, summed over positions."""
+    return e["head-gradient"]["effect"]
+
+
+@head_locator(
+    "route", needs=("head-gradient",), image=True, cost=2, backward=2, symmetry="none",
+    formula=r"$\min(\langle \nabla, o_{text} \rangle, -\langle \nabla, o_{image} \rangle)$", source="CRG",
+)  # fmt: skip
+def route(e: Evidence) -> np.ndarray:
+    """Positive exactly where the signature of hallucination holds: what the head takes from the image speaks against
+    the wrong objects, what it takes from the text for them (image < 0 < text)."""
+    return np.minimum(e["head-gradient"]["text"], -e["head-gradient"]["image"])
+
+
+@head_locator(
+    "vhd", needs=("blind-heads",), image=True, cost=4, symmetry="even",
+    formula=r"$-\|o - o_{\mathrm{no\ image}}\|$, outlying tokens dropped", source="VHR: vision-aware head divergence",
+)  # fmt: skip
+def vhd(e: Evidence) -> np.ndarray:
+    """The less a head's output changes when the image is hidden, the more suspect."""
+    return -e["blind-heads"]["divergence"]
+
+
+@head_locator(
+    "image-attention", needs=("attention",), image=True, cost=2, symmetry="even",
+    formula=r"$-\sum_{k \in image} a_k$", source="VAR, IAF: share of attention on the image",
+)  # fmt: skip
+def image_attention(e: Evidence) -> np.ndarray:
+    """The less a head looks at the image while the answers are read, the more suspect."""
+    return -e["attention"]["mass"].mean(1)
+
+
+@head_locator(
+    "output-difference", needs=("heads",), cost=2, symmetry="even",
+    formula=r"$\|o_n - o_p\|$, pooled", source=f"{PAPER}: its distance, head by head",
+)  # fmt: skip
+def output_difference(e: Evidence) -> np.ndarray:
+    """|difference of the pooled head outputs of the two answers|."""
+    return np.linalg.norm(e["heads"]["negative"] - e["heads"]["positive"], axis=-1)
+
+
+@head_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")
+def random(e: Evidence) -> np.ndarray:
+    """One random order of all heads."""
+    order = np.random.default_rng([e.settings.seed, 6]).permutation(e.vlm.n_layers * e.vlm.n_heads)
+    return _same_for_all(e, order.reshape(e.vlm.n_layers, e.vlm.n_heads))
+
+
+@head_locator(
+    "weight-norm", symmetry="even", formula=r"$| \|W_h\| - \mathrm{median} |$, columns of the output projection",
+    source="control: odd weights, whatever they do",
+)  # fmt: skip
+def weight_norm(e: Evidence) -> np.ndarray:
+    """How far the norm of a head's columns of ``o_proj`` is from the median of all other heads'."""
+    norms = []
+    for layer in range(e.vlm.n_layers):
+        columns = full_weight(e.vlm, e.vlm.address("o_proj", layer)).unflatten(1, (e.vlm.n_heads, -1))
+        norms.append(columns.square().sum((0, 2)).sqrt().cpu().numpy())
+    return _same_for_all(e, outlying(np.stack(norms)))

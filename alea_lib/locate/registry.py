@@ -1,0 +1,97 @@
+"""One row a locator. To add one: write a function of :class:`Evidence`, register it, and add its test of a known
+answer.
+
+@layer_locator("my-distance", needs=("states",), cost=2, symmetry="even", formula="...", source="...")
+def my_distance(e):
+    return e["states"]["geometry"][:, 1:, 0]  # [N, L], larger = more suspect
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+SYMMETRIES = ("even", "odd", "none")
+Cost = int | Callable[[int, int], float]
+
+
+@dataclass(frozen=True)
+class Locator:
+    """``function(evidence)`` gives [N,L] (target ``layer``) or [N,L,H] (``head``), larger = more suspect.
+
+    ``symmetry``: what swapping the two answers of each pair (and what is wrong in them) does to the scores: nothing
+    (``even``), turn their sign (``odd``), neither. ``needs``: what is collected for it; ``image``: it is meaningless
+    without one. ``cost``, ``backward``: forward and backward passes a pair with the standard settings, numbers or
+    functions of the numbers of layers and heads.
+    """
+
+    name: str
+    target: str
+    function: Callable
+    formula: str
+    source: str
+    symmetry: str
+    needs: tuple[str, ...]
+    image: bool
+    cost: Cost
+    backward: Cost
+
+    def passes(self, layers: int, heads: int) -> tuple[float, float]:
+        """Forward and backward passes a pair that the row claims for a model of this size."""
+        return tuple(float(c(layers, heads) if callable(c) else c) for c in (self.cost, self.backward))
+
+
+LAYER_LOCATORS: dict[str, Locator] = {}
+HEAD_LOCATORS: dict[str, Locator] = {}
+TARGETS = {"layer": LAYER_LOCATORS, "head": HEAD_LOCATORS}
+
+
+def _register(target: str):
+    def locator(
+        name: str,
+        *,
+        formula: str,
+        source: str,
+        symmetry: str,
+        needs: tuple[str, ...] = (),
+        image: bool = False,
+        cost: Cost = 0,
+        backward: Cost = 0,
+    ):
+        def add(function: Callable[..., np.ndarray]):
+            if symmetry not in SYMMETRIES or name in TARGETS[target]:
+                raise ValueError(f"{target} locator {name!r}: a new name, and a symmetry among {SYMMETRIES}")
+            row = Locator(name, target, function, formula, source, symmetry, needs, image, cost, backward)
+            TARGETS[target][name] = row
+            return function
+
+        return add
+
+    return locator
+
+
+layer_locator, head_locator = _register("layer"), _register("head")
+
+
+def known(target: str, name: str) -> Locator:
+    """The row of a locator. KeyError names the ones there are."""
+    if name not in TARGETS[target]:
+        raise KeyError(f"unknown locator {name!r} of {target}s; there are {sorted(TARGETS[target])}")
+    return TARGETS[target][name]
+
+
+def locators(layers: int = 32, heads: int = 32) -> pd.DataFrame:
+    """All locators as a table: target, locator, formula, source, symmetry, and the passes a pair for a model of this
+    size."""
+    from . import heads as _heads  # noqa: F401  (registers)
+    from . import layers as _layers  # noqa: F401
+
+    rows = []
+    for row in [*LAYER_LOCATORS.values(), *HEAD_LOCATORS.values()]:
+        forwards, backwards = row.passes(layers, heads)
+        rows.append((row.target, row.name, row.formula, row.source, row.symmetry, forwards, backwards))
+    columns = ["target", "locator", "formula", "source", "symmetry", "forwards", "backwards"]
+    return pd.DataFrame(rows, columns=columns)

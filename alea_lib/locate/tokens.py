@@ -1,0 +1,142 @@
+"""Which tokens of an answer are meant: its objects, its own tokens, and what they weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from ..measures.parse import mentions
+from ..tables import DataError
+from ..vlm import VLM, Batch
+from .settings import LocateSettings
+
+
+class ObjectToken(NamedTuple):
+    """An object that an answer names and the index of its word's first token among the answer's tokens."""
+
+    category: str
+    token: int
+
+
+def object_tokens(vlm: VLM, answer: str) -> list[ObjectToken]:
+    """The objects of an answer in reading order, with the first token of each one's word.
+
+    The tokens are those of ``VLM.encode``; words of several tokens (byte pairs, "hot dog") are met at their first. A
+    fast tokenizer's offsets say where a token lies; without them the lengths of growing beginnings of the text do.
+    """
+    text = f" {answer.strip()}"
+    found = mentions(text)
+    if not found:
+        return []
+    if vlm.tokenizer.is_fast:
+        spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        ends = [end for _, end in spans]
+        return [ObjectToken(m.category, next(i for i, end in enumerate(ends) if end > m.start)) for m in found]
+    return [ObjectToken(m.category, _tokens_before(vlm, text, m.start)) for m in found]
+
+
+def _tokens_before(vlm: VLM, text: str, start: int) -> int:
+    """Number of tokens before the word at ``start``, from the beginning of the text; a blank belongs to its word."""
+    return len(vlm.tokenizer(text[:start].rstrip(), add_special_tokens=False)["input_ids"])
+
+
+def suspects(vlm: VLM, positive: str, negative: str, wrong: Iterable[str]) -> tuple[list[int], list[int], list[int]]:
+    """Token indices: truthful objects of the positive; wrong ones of the negative; the negative's truthful ones.
+
+    DataError when no wrong category is named in the negative.
+    """
+    wrong = set(map(str, wrong))
+    theirs, own = object_tokens(vlm, positive), object_tokens(vlm, negative)
+    bad = [o.token for o in own if o.category in wrong]
+    if not bad:
+        raise DataError(
+            f"the negative {negative!r} names none of {sorted(wrong)}; make pairs with `activate`, or mend `wrong`"
+        )
+    truthful = [[o.token for o in side if o.category not in wrong] for side in (theirs, own)]
+    return truthful[0], bad, truthful[1]
+
+
+def divergence(vlm: VLM, positive: str, negative: str) -> tuple[int | None, int | None]:
+    """Token indices of the first objects that differ between the answers; None where one has no more objects."""
+    a, b = object_tokens(vlm, positive), object_tokens(vlm, negative)
+    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x.category != y.category), min(len(a), len(b)))
+    return tuple(side[at].token if at < len(side) else None for side in (a, b))
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+
+def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettings) -> Batch:
+    """Answers after image and prompt, or without one or both, padded on the right."""
+    batch = vlm.encode(features, vlm.prompt(s.prompt or "plain"), answers, eos=s.eos)
+    if s.prompt is not None and s.image:
+        return batch
+    is_image = batch.ids == vlm.model.config.image_token_id
+    asked = (batch.labels == -100) & ~is_image
+    asked[:, 0] = False  # the beginning-of-text token stays
+    drop = torch.zeros_like(is_image)
+    if s.prompt is None:
+        drop |= asked
+    if not s.image:
+        drop |= is_image
+    return _without(batch, drop, vlm.tokenizer.pad_token_id, s.image)
+
+
+def _without(batch: Batch, drop: torch.Tensor, pad: int, image: bool) -> Batch:
+    """The batch without some of its tokens, padded anew."""
+    keep = (batch.mask == 1) & ~drop
+    width, rows = int(keep.sum(1).max()), len(keep)
+    ids, mask = batch.ids.new_full((rows, width), pad), batch.mask.new_zeros(rows, width)
+    labels, answer = batch.labels.new_full((rows, width), -100), batch.answer.clone()
+    for i, k in enumerate(keep):
+        n = int(k.sum())
+        ids[i, :n], mask[i, :n], labels[i, :n] = batch.ids[i, k], 1, batch.labels[i, k]
+        answer[i] -= int(drop[i, : batch.answer[i]].sum())
+    question = torch.where(answer < batch.question, answer, batch.question)
+    return Batch(ids, mask, labels, batch.features if image else batch.features[:, :0], question, answer)
+
+
+def pooling_weights(vlm: VLM, batch: Batch, positives: list[str], negatives: list[str], wrong: list, s: LocateSettings):
+    """[2B,T] weights that sum to 1 in each row (positives first): the positions whose states are compared."""
+    own = batch.labels != -100
+    if s.pooling == "padded":
+        return torch.full(own.shape, 1 / own.shape[1], device=own.device)
+    if (empty := ~own.any(1)).any():
+        raise DataError(f"answer {int(empty.nonzero()[0])} of a batch has no token: drop pairs with empty answers")
+    if s.pooling != "mean":
+        picked = torch.zeros_like(own)
+        for i, (p, n, w) in enumerate(zip(positives, negatives, wrong)):
+            for row, at in zip((i, i + len(positives)), _picked(vlm, p, n, w, s.pooling)):
+                last = int(own[row].nonzero()[-1]) - int(batch.answer[row])
+                picked[row, [int(batch.answer[row]) + (last if t is None else t) for t in at]] = True
+        own = torch.where(picked.any(1, keepdim=True), picked, own)
+    if s.read_at == "before":
+        own = own.roll(-1, 1)
+    weight = own.float()
+    return weight / weight.sum(1, keepdim=True)
+
+
+def _picked(vlm: VLM, positive: str, negative: str, wrong, pooling: str) -> tuple[list, list]:
+    """Token indices of both answers; None = the last one, an empty list = all."""
+    if pooling == "object":
+        return suspects(vlm, positive, negative, wrong)[:2]
+    a, b = divergence(vlm, positive, negative)
+    return [a], [b]
+
+
+def contrast_weights(
+    vlm: VLM, batch: Batch, positives: list[str], negatives: list[str], wrong: list, s: LocateSettings
+) -> torch.Tensor:
+    """[2B,T] weights on label positions: the sum of weight times probability is the mean over the wrong objects of the
+    negative minus the mean over the truthful objects of the answer that ``s.grounded`` names (0 if it names none)."""
+    out = torch.zeros(batch.labels.shape, device=batch.labels.device)
+    for i, (p, n, w) in enumerate(zip(positives, negatives, wrong)):
+        of_positive, bad, of_negative = suspects(vlm, p, n, w)
+        row = i + len(positives)
+        out[row, batch.answer[row] + torch.tensor(bad)] = 1 / len(bad)
+        row, good = (i, of_positive) if s.grounded == "positive" else (row, of_negative)
+        if good:
+            out[row, batch.answer[row] + torch.tensor(good)] = -1 / len(good)
+    return out
