@@ -52,6 +52,7 @@ _EXPORTS = {
     "read_jsonl": "tables",
     "write_jsonl": "tables",
     "write_csv": "tables",
+    "read_csv": "tables",
     "check_pairs": "tables",
     "load": "vlm",
     "load_detector": "zoo.detector",
@@ -82,6 +83,7 @@ _EXPORTS = {
     "attention_share": "probe.grounding",
     "attention_heads": "probe.grounding",
     "counterfactual": "probe.grounding",
+    "counterfactual_heads": "probe.route",
     "ability": "probe.ability",
     "first_references": "probe.ability",
     "yes_no_answers": "probe.answers",
@@ -95,6 +97,10 @@ _EXPORTS = {
     "claims": "verdicts",
     "finding": "verdicts",
     "headline": "verdicts",
+    "side_by_side": "verdicts",
+    "rows_of": "verdicts",
+    "frontier_line": "verdicts",
+    "frontier_points": "verdicts",
     "figures": "figures",
 }
 

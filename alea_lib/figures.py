@@ -219,6 +219,23 @@ def frontier_plane(frontier: pd.DataFrame, points: pd.DataFrame, title: str) -> 
     return figure
 
 
+def stack(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables with a column ``label``, one below the other, as ``intervals`` wants them."""
+    return pd.concat(parts, ignore_index=True)
+
+
+def head_maps(maps: dict[str, np.ndarray], title: str) -> Figure:
+    """Heat maps of layers (rows) by heads (columns), one a value, each with its own scale and its values written in."""
+    figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps), 3.4), squeeze=False)
+    for axis, (label, values) in zip(axes.flat, maps.items()):
+        small = values.size <= 80
+        sns.heatmap(values, cmap="cividis", annot=small, fmt=".2f", annot_kws={"size": 7}, ax=axis, cbar=not small)
+        axis.set(xlabel="head", ylabel="layer")
+        axis.set_title(label, fontweight="normal", fontsize=10)
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
+    return figure
+
+
 def widths(table: pd.DataFrame, title: str) -> Figure:
     """Half the width of the interval against the number of images (columns n, what, half_width), logarithmic."""
     figure, axis = plt.subplots(figsize=(6.5, 3.4))

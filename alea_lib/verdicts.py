@@ -150,21 +150,50 @@ def _points(row: pd.Series) -> str:
     return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
 
 
+HEADLINE = ("chair_s", "chair_i", "recall", "words", "objects_per_caption", "frontier_gap", "pope_accuracy",
+            "mme_total", "amber_score", "attn_last_max", "ppl_grounded")  # fmt: skip
+
+
 def headline(metrics: pd.DataFrame) -> pd.DataFrame:
     """Measure by method, 'value [lo, hi]'; an empty cell is a measure that is not defined for the method."""
-    wanted = [
-        "chair_s",
-        "chair_i",
-        "recall",
-        "words",
-        "objects_per_caption",
-        "pope_accuracy",
-        "attn_last_max",
-        "frontier_gap",
-    ]
+    return side_by_side(metrics, HEADLINE)
+
+
+def side_by_side(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
+    """Measure by method, 'value [lo, hi]', of the studied model under the plain prompt, in the order of ``wanted``.
+
+    ``setting``: which of a measure's settings, where it has several; by default the overall one.
+    """
+    rows = rows_of(metrics, wanted, setting)
+    interval = rows.apply(lambda r: f" [{r['lo']:.3f}, {r['hi']:.3f}]" if pd.notna(r["lo"]) else "", axis=1)
+    table = rows.assign(text=rows["value"].map("{:.3f}".format) + interval)
+    table = table.pivot(index="metric", columns="method", values="text")
+    columns = [m for m in METHOD_ORDER if m in table.columns]
+    return table.reindex(index=[m for m in wanted if m in table.index], columns=columns).fillna("")
+
+
+def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
+    """The rows of these measures of the studied model, plain prompt, whole captions; see :func:`side_by_side`."""
     rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
-    rows = rows[rows["setting"].eq("all") | (rows["prompt"].eq("plain") & rows["benchmark"].ne("pope"))]
-    text = rows.apply(lambda r: f"{r['value']:.3f} [{r['lo']:.3f}, {r['hi']:.3f}]", axis=1)
-    table = rows.assign(text=text).pivot(index="metric", columns="method", values="text")
-    order = [m for m in METHOD_ORDER if m in table.columns]
-    return table.reindex(index=wanted, columns=order).fillna("")
+    rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(",cut")]
+    overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
+    return rows[overall if setting is None else rows["setting"].eq(setting)]
+
+
+def frontier_line(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The base model's truncation frontier: k, and value, _lo, _hi of chair_s, chair_i, recall, words."""
+    rows = metrics[(metrics["model"] == studied(metrics)) & metrics["setting"].str.contains(",cut")]
+    rows = rows.assign(k=rows["setting"].str.rpartition("cut")[2].astype(int))
+    return _wide(rows, "k")
+
+
+def frontier_points(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Each method's point for the frontier's plane: method, and value, _lo, _hi of chair_s and recall."""
+    points = _wide(rows_of(metrics, ("chair_s", "recall")), "method")
+    return points.sort_values("method", key=lambda m: m.map(list(METHOD_ORDER).index), ignore_index=True)
+
+
+def _wide(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    wide = rows.pivot(index=by, columns="metric", values=["value", "lo", "hi"])
+    wide.columns = [metric if part == "value" else f"{metric}_{part}" for part, metric in wide.columns]
+    return wide.astype(float).reset_index()

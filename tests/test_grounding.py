@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from alea_lib.edit.delta import delta_of
+from alea_lib.locate.tokens import object_tokens
 from alea_lib.measures.truth import read_truth
 from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.probe.ability import ability, first_references
@@ -16,10 +17,10 @@ from alea_lib.probe.grounding import (
     attention_share,
     blank_features,
     counterfactual,
-    object_tokens,
     swapped,
 )
-from alea_lib.taps import replaced_linear
+from alea_lib.probe.route import counterfactual_heads
+from alea_lib.taps import read_heads, replaced_heads, replaced_linear
 
 
 @pytest.fixture(scope="module")
@@ -45,26 +46,6 @@ def log_p(vlm, features, question, answer, at, prefix=None):
     return vlm.head(h)[0, start + at - 1].log_softmax(-1)[token].item()
 
 
-# ---- where objects are named
-
-
-def test_object_tokens_by_hand(tiny):
-    text = "There are two cups with an apple. There is a hot dog."
-    words = [tiny.tokenizer.decode([t]).strip() for t in tiny._answer_ids(text, eos=False)]
-    found = object_tokens(tiny, text)
-    assert [c for _, c in found] == ["cup", "apple", "hot dog"]
-    assert [words[t] for t, _ in found] == ["cups", "apple", "hot"]
-
-
-@pytest.mark.parametrize("text", ["", "  ", "There is nothing.", "?!"])
-def test_no_object_no_token(tiny, text):
-    assert object_tokens(tiny, text) == []
-
-
-def test_leading_blanks_shift_nothing(tiny):
-    assert object_tokens(tiny, "  There is a cup. ") == object_tokens(tiny, "There is a cup.")
-
-
 # ---- counterfactual
 
 
@@ -83,7 +64,7 @@ def test_effects_by_hand(tiny, seen, scene, told, with_prefix):
     blank, other = blank_features(tiny, split), swapped(6, seed=1)
     for i in (0, 2, 4):
         want: dict = {}
-        for at, category in object_tokens(tiny, told[i]):
+        for category, at in object_tokens(tiny, told[i]):
             setting = "grounded" if category in truth[split.ids[i]] else "hallucinated"
             for metric, f in (("blank_effect", blank), ("swap_effect", seen[other[i]][None])):
                 ask = (tiny.prompt("careful"), told[i], at, prefix)
@@ -110,6 +91,44 @@ def test_batches_do_not_matter_and_empty_captions_are_left_out(tiny, seen, scene
     many = counterfactual(tiny, split, seen, said(split, texts), truth, batch_size=6)
     assert split.ids[1] not in set(one["image_id"])
     pd.testing.assert_frame_equal(one, many, check_exact=False, atol=1e-4)
+
+
+# ---- the image's way through layers and heads
+
+
+@torch.no_grad()
+def by_hand_route(vlm, features, blank, question, answer, at, layer, heads):
+    """log p of one token, minus the same with some heads' outputs taken from the blank picture's run."""
+    kept = {}
+    with read_heads(vlm, kept.__setitem__, [layer]):
+        b = vlm.encode(blank, question, [answer])
+        vlm.hidden(vlm.embed(b), b.mask)
+
+    def change(_, o):
+        o = o.clone()
+        o[:, :, heads] = kept[layer][:, :, heads]
+        return o
+
+    whole = log_p(vlm, features, question, answer, at)
+    with replaced_heads(vlm, change, [layer]):
+        return whole - log_p(vlm, features, question, answer, at)
+
+
+def test_routes_by_hand(tiny, seen, scene, told):
+    split, truth = scene
+    found = counterfactual_heads(tiny, split, seen, said(split, told), truth, "careful", batch_size=4)
+    assert set(found["head"]) == {-1, *range(tiny.n_heads)} and set(found["layer"]) == set(range(tiny.n_layers))
+    blank = blank_features(tiny, split)
+    for i, layer, head in ((0, 0, 1), (2, 3, 0), (4, 1, -1), (4, 2, 3)):
+        heads = list(range(tiny.n_heads)) if head == -1 else [head]
+        ask = (tiny.prompt("careful"), told[i])
+        want: dict = {}
+        for category, at in object_tokens(tiny, told[i]):
+            setting = "grounded" if category in truth[split.ids[i]] else "hallucinated"
+            effect = by_hand_route(tiny, seen[i : i + 1], blank, *ask, at, layer, heads)
+            want[setting] = want.get(setting, 0.0) + effect
+        mine = found[(found["image_id"] == split.ids[i]) & (found["layer"] == layer) & (found["head"] == head)]
+        assert mine.set_index("setting")["num"].to_dict() == pytest.approx(want, abs=1e-4)
 
 
 # ---- attention by head

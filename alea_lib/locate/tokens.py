@@ -20,14 +20,14 @@ class ObjectToken(NamedTuple):
     token: int
 
 
-def object_tokens(vlm: VLM, answer: str) -> list[ObjectToken]:
+def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[ObjectToken]:
     """The objects of an answer in reading order, with the first token of each one's word.
 
     The tokens are those of ``VLM.encode``; words of several tokens (byte pairs, "hot dog") are met at their first. A
     fast tokenizer's offsets say where a token lies; without them the lengths of growing beginnings of the text do.
     """
     text = f" {answer.strip()}"
-    found = mentions(text)
+    found = mentions(text, family)
     if not found:
         return []
     if vlm.tokenizer.is_fast:

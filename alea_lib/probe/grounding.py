@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ..measures.parse import mentions
+from ..locate.tokens import object_tokens
 from ..measures.truth import Truth
 from ..taps import read_attention
 from ..vlm import VLM, Batch, scored
@@ -98,14 +98,6 @@ def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]
     return shares, last_max
 
 
-def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[tuple[int, str]]:
-    """Where an answer names objects: (index among the answer's tokens, category), the first token of each mention."""
-    text = f" {answer.strip()}"
-    starts = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    ends = np.array([end for _, end in starts])
-    return [(int(np.searchsorted(ends, m.start, side="right")), m.category) for m in mentions(text, family)]
-
-
 def blank_features(vlm: VLM, split: Split) -> torch.Tensor:
     """Features [1,P,D] of an even mid-grey picture of the size of the split's first."""
     with Image.open(split.files[0]) as first:
@@ -143,32 +135,28 @@ def counterfactual(
     other = features[torch.as_tensor(swapped(len(features), seed))]
     rows = []
     for part, batch in batches(vlm, features, table, prompt, batch_size):
-        named = [object_tokens(vlm, text, truth.family) for text in part["caption"]]
-        labels = torch.full_like(batch.labels, -100)
-        for i, found in enumerate(named):
-            at = batch.answer[i] + torch.tensor([t for t, _ in found], dtype=torch.int64, device=labels.device)
-            labels[i, at] = batch.ids[i, at]
-        at = torch.tensor(part["at"].tolist())
-        worlds = (batch.features, blank.expand_as(batch.features), other[at])
-        seen, *without = (_log_p(vlm, replace(batch, features=f, labels=labels), prefix) for f in worlds)
-        effects = [(seen - w).tolist() for w in without]
-        keys = [
-            (image_id, "grounded" if category in truth[image_id] else "hallucinated")
-            for image_id, found in zip(part["image_id"], named)
-            for category in _in_order(found)
-        ]
-        for metric, effect in zip(EFFECTS, effects):
+        batch, keys = at_objects(vlm, part, batch, truth)
+        worlds = (batch.features, blank.expand_as(batch.features), other[torch.tensor(part["at"].tolist())])
+        seen, *without = (log_p(vlm, replace(batch, features=f), prefix) for f in worlds)
+        for metric, effect in zip(EFFECTS, ((seen - w).tolist() for w in without)):
             rows += [(setting, i, metric, e, 1.0) for (i, setting), e in zip(keys, effect, strict=True)]
     items = pd.DataFrame(rows, columns=["setting", "image_id", "metric", "num", "den"])
     return items.groupby(["setting", "image_id", "metric"], as_index=False, sort=True).sum()
 
 
-def _in_order(found: list[tuple[int, str]]) -> list[str]:
-    """Categories by token, one a token: that is how the logits come."""
-    return [category for _, category in sorted(dict(found).items())]
+def at_objects(vlm: VLM, part: pd.DataFrame, batch: Batch, truth: Truth) -> tuple[Batch, list[tuple[int, str]]]:
+    """The batch with labels at its object tokens alone; and for each of these, in row order, (image_id, setting)."""
+    labels, keys = torch.full_like(batch.labels, -100), []
+    for i, (image_id, text) in enumerate(zip(part["image_id"], part["caption"])):
+        found = {token: category for category, token in object_tokens(vlm, text, truth.family)}  # one object a token
+        for token in sorted(found):
+            at = int(batch.answer[i]) + token
+            labels[i, at] = batch.ids[i, at]
+            keys.append((image_id, "grounded" if found[token] in truth[image_id] else "hallucinated"))
+    return replace(batch, labels=labels), keys
 
 
-def _log_p(vlm: VLM, batch: Batch, prefix) -> torch.Tensor:
+def log_p(vlm: VLM, batch: Batch, prefix=None) -> torch.Tensor:
     """Log-probabilities [n] of the labelled tokens of a batch, in row order."""
     embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
     if prefix is not None:
