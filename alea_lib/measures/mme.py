@@ -169,11 +169,9 @@ def _check_truth(both: pd.DataFrame, key: list[str]) -> None:
 
 def _items(found: pd.DataFrame) -> pd.DataFrame:
     pairs = found.groupby(["task", "image_id"], sort=False)["correct"].agg(["sum", "size"]).reset_index()
-    odd = pairs[pairs["size"] != 2]
+    odd = pairs[pairs["size"] != 2].head(3)
     if len(odd):
-        raise DataError(
-            f"{odd['task'].iloc[0]}: image {odd['image_id'].iloc[0]} has {odd['size'].iloc[0]} questions, not 2"
-        )
+        raise DataError(f"MME has two questions an image; another number (size) have {odd.to_dict('records')}")
     parts = [_rows(found["image_id"], "unparsed", 1.0 - found["parsed"].astype(float), 1.0)]
     tasks = [task for task in TASKS if task in set(pairs["task"])]
     for task in tasks:
