@@ -34,7 +34,8 @@ def make_amber(
     ``frequent_companions`` of the training images. Questions: existence (one object that is there, and each
     expected one, or another absent one where none is), attribute (count, and side and colour where ``wording`` has
     them; yes and no in turn). There are none about contact between objects (AMBER's relation). The vocabulary is
-    ``objects`` (default: all that occur or are expected) with the lexicon's words for them. DataError when there is no image.
+    ``objects`` (default: all that occur or are expected) with the lexicon's words for them. DataError when
+    there is no image.
     """
     world = [f for f in read_facts(instances_json) if f.image_id in truth]
     if not world:
