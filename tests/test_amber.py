@@ -299,6 +299,10 @@ def test_a_model_that_always_completes_sets(tiny_world):
     answers = benchmark.questions()[["question_id", "label"]].rename(columns={"label": "answer"})
     clean = values(amber(amber_responses(truthful, answers, benchmark), benchmark))
     assert (clean["amber_chair"], clean["amber_cover"], clean["amber_cog"], clean["amber_score"]) == (0, 1, 0, 100)
+    with pytest.raises(DataError, match=r"1 questions have no answer, e.g. image_id \[3000001\]"):
+        amber_responses(truthful[1:], None, benchmark)
+    more = pd.concat([truthful, pd.DataFrame({"image_id": [7], "caption": ["elsewhere"]})])
+    pd.testing.assert_frame_equal(amber_responses(more, None, benchmark), amber_responses(truthful, None, benchmark))
     captions = truthful.assign(caption=truthful["caption"] + " " + pd.Series(added))
     natural = values(amber(amber_responses(captions, None, benchmark), benchmark))
     assert natural["amber_cover"] == 1 and natural["amber_cog"] == 1 and natural["amber_cog_share"] == 1

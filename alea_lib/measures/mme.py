@@ -51,7 +51,8 @@ def read_mme(folder: PathLike, images: PathLike | None = None) -> pd.DataFrame:
     """
     folder = Path(folder)
     elsewhere = Path(images) if images is not None else folder.parent / "images"
-    rows = [row for task in TASKS for row in _read_task(folder / task, task, _pictures(elsewhere))]
+    pictures = _pictures(elsewhere)
+    rows = [row for task in TASKS for row in _read_task(folder / task, task, pictures)]
     if not rows:
         raise DataError(f"{folder}: no questions in it; needed is one folder a task, named {', '.join(TASKS)}")
     table = pd.DataFrame(rows, columns=["question_id", "setting", "image", "text", "label"])
