@@ -218,7 +218,7 @@ class _Table:
         return (self.num.sum(axis=0) / self.den.sum(axis=0)) @ self.parts
 
     def resampled_ratios(self, n_resamples: int, seed: int) -> np.ndarray:
-        """[n_resamples, metrics]; not finite where a resample has no denominator."""
+        """[n_resamples, metrics]; NaN where a resample has no denominator."""
         sums = resampled_sums(np.concatenate([self.num, self.den], axis=1), n_resamples, seed)
         return self._divide(*np.split(sums, 2, axis=1))
 
@@ -227,8 +227,7 @@ class _Table:
         return self._divide(self.num.sum(axis=0) - self.num, self.den.sum(axis=0) - self.den)
 
     def _divide(self, num: np.ndarray, den: np.ndarray) -> np.ndarray:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = num / den
+        ratios = np.divide(num, den, out=np.full(num.shape, np.nan), where=den != 0)
         return np.stack([ratios[:, column > 0].sum(axis=1) for column in self.parts.T], axis=1)
 
     def contributions(self) -> np.ndarray:

@@ -67,6 +67,13 @@ def is_metric(name: str) -> bool:
     return name in METRIC_NAMES or name.startswith(METRIC_PREFIXES)
 
 
+def is_fraction(name: str) -> bool:
+    """True for metrics that are shares between 0 and 1; ``mme_<task>`` and ``amber_score`` are points."""
+    if name.startswith("amber_"):
+        return name != "amber_score" and not name.endswith(DIFFERENCE)
+    return name in FRACTIONS or (name.startswith("mme_") and name.endswith(("_accuracy", "_accuracy_plus")))
+
+
 def metric_rows(summary: pd.DataFrame, **keys) -> pd.DataFrame:
     """Rows of the metrics table from a summary (metric, value, lo, hi, n) and the keys they share.
 
@@ -111,7 +118,7 @@ def _check_values(rows: pd.DataFrame) -> None:
     _refuse(rows, value.isna() | value.abs().eq(float("inf")), "value must be finite; leave undefined rows out")
     _refuse(rows, lo.isna() != hi.isna(), "lo and hi must be both there or both empty")
     _refuse(rows, (lo > value) | (hi < value), "lo <= value <= hi does not hold")
-    share = rows["metric"].isin(FRACTIONS)
+    share = rows["metric"].map(is_fraction)
     smallest, largest = value.where(lo.isna(), lo), value.where(hi.isna(), hi)
     _refuse(rows, share & ((smallest < 0) | (largest > 1)), "a fraction lies outside 0-1 (per cent given?)")
     n = pd.to_numeric(rows["n"], errors="coerce")

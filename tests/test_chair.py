@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from alea_lib.measures.__main__ import main
 from alea_lib.measures.chair import (
+    FAMILIES,
     ChairResult,
     chair,
     companion_share,
@@ -116,6 +117,32 @@ def test_companions_are_learnt_from_the_captions_of_other_images():
         frequent_companions(truth_of(marked))
     with pytest.raises(DataError, match="unknown source"):
         frequent_companions(train, source="images")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_traps_in_every_family(family):
+    if family == "official":
+        pytest.importorskip("textblob")
+    objects = {1: ["toilet"], 2: ["hot dog"], 3: [], 4: [], 5: ["cat"], 6: ["wine glass", "person"]}
+    captions = {
+        1: "A toilet with its seat up.",  # no chair
+        2: "HOT DOGS, two hot dogs!",  # no dog
+        3: "",
+        4: "Nothing but xyzzy \u2014 \u732b \U0001f431 \u00f1and\u00fa.",  # unknown words, other scripts
+        5: "\u201cCats\u201d; (a CAT...) cat's",
+        6: "Wine glasses and women",
+    }
+    result = chair(table(captions), truth_of(objects, family), family)
+    assert result.per_caption["hallucinated"].tolist() == [()] * 6
+    named = [("toilet",), ("hot dog",), (), (), ("cat",), ("wine glass", "person")]
+    assert result.per_caption["mentioned"].tolist() == named
+    assert value(result, "chair_s") == 0 and value(result, "recall") == 1
+
+
+def test_nothing_said_at_all():
+    result = chair(table({1: "", 2: " \n"}), TRUTH)
+    assert value(result, "chair_s") == 0 and value(result, "recall") == 0 and value(result, "words") == 0
+    assert result.items.loc[result.items["metric"] == "chair_i", "den"].sum() == 0  # CHAIRi is not defined
 
 
 # ---- reading the truth
@@ -292,3 +319,53 @@ def test_command_line(tmp_path, capsys):
     (tmp_path / "instances_train.json").write_text("{}")
     assert main(["chair", "--captions", str(tmp_path / "cut.jsonl"), *where]) == 2
     assert "--split" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"image_id": 1, "caption": "a"}\n{"image_id": 1, "caption": "b"}\n', r"1 images have two captions, e.g. [1]"),
+        ('{"image_id": 9, "caption": "a"}\n', "no ground truth, e.g. [9]"),
+        ('{"image_id": "1", "caption": "a"}\n', "ids are integers"),
+        ('{"image_id": [1], "caption": "a"}\n', "image_id must be a number or a text"),
+        ("", "is empty"),
+        ("[]", "is empty"),
+        ('{"annotations": []}', "is empty"),
+        ('{"image_id": 1, "caption": "a"}\n{"image_id": 2, "cap', "line 2"),
+        ('[{"image_id": 1, "caption": "a"', "is the file cut short?"),
+        ('{"image_id": 1, "caption": "a"}\n{"image_id": 2}\n', "record 2: lacks ['caption']"),
+        ("[1, 2]", "record 1: not a JSON object but '1'"),
+        ("7", "record 1: not a JSON object"),
+        ('{"image_id": 1, "caption": 5}', "not text, e.g. [1]"),
+    ],
+)
+def test_unusable_captions_are_one_line_of_error(tmp_path, capsys, text, message):
+    coco_files(tmp_path, {1: ["dog"], 2: ["cat"]}, {1: ["A dog."], 2: ["A cat."]})
+    (tmp_path / "model.jsonl").write_text(text)
+    assert main(["chair", "--captions", str(tmp_path / "model.jsonl"), "--coco", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_forms_of_files_are_read_alike(tmp_path, capsys):
+    coco_files(tmp_path, {1: ["dog"], 2: ["cat"]}, {1: ["A dog."], 2: ["A cat."]})
+    records = table({1: "A dog. A bowl.", 2: "A cat."}).to_dict("records")
+    printed = []
+    for text in (
+        "\n".join(json.dumps(r) for r in records),
+        json.dumps(records, indent=1),
+        json.dumps({"info": {}, "annotations": records}),
+        "\ufeff" + json.dumps(records),
+    ):
+        (tmp_path / "model.json").write_text(text, encoding="utf-8")
+        assert main(["chair", "--captions", str(tmp_path / "model.json"), "--coco", str(tmp_path)]) == 0
+        printed.append(capsys.readouterr().out)
+    assert len(set(printed)) == 1 and "chair_s 0.5000" in printed[0]
+    (tmp_path / "model.json").write_bytes(b"\xff\xfe{}")
+    assert main(["chair", "--captions", str(tmp_path / "model.json"), "--coco", str(tmp_path)]) == 2
+    assert "UTF-8" in capsys.readouterr().err
+    assert main(["chair", "--captions", str(tmp_path / "none.json"), "--coco", str(tmp_path)]) == 2
+    assert "No such file" in capsys.readouterr().err
+    (tmp_path / "captions.json").unlink()
+    assert main(["chair", "--captions", str(tmp_path / "model.json"), "--coco", str(tmp_path)]) == 2
+    assert "one file captions*.json is needed, found none" in capsys.readouterr().err

@@ -400,3 +400,11 @@ def test_the_published_splits_are_the_ones_that_are_made():
             assert id_of(split, sizes[f"N_{split.upper()}"] - 1) == row["last_id"]
     ends = sorted((row["first_id"], row["last_id"]) for row in published.values())
     assert all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False))
+
+
+def test_a_world_without_a_benchmark_says_so(tmp_path, tiny_world):
+    assert tiny_world.mme().name == "mme" and tiny_world.amber().name == "amber"
+    (tmp_path / "world.json").write_text((tiny_world.folder / "world.json").read_text())
+    for accessor in (World(tmp_path).mme, World(tmp_path).amber):
+        with pytest.raises(ValueError, match="make the world again"):
+            accessor()

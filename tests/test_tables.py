@@ -55,6 +55,15 @@ def rows(**changes):
     return table
 
 
+def test_points_and_fractions_of_the_benchmarks():
+    """MME's and AMBER's scores are points; what they are made of are fractions, so per cent given there is caught."""
+    for name in ("mme_total", "mme_count", "amber_score", "amber_chair_diff", "mme_count_diff"):
+        check_metrics(rows(metric=name, value=40.0, lo=-35.0, hi=45.0))
+    for name in ("amber_chair", "amber_relation_f1", "mme_count_accuracy", "mme_count_accuracy_plus"):
+        with pytest.raises(DataError, match="0-1"):
+            check_metrics(rows(metric=name, value=40.0, lo=35.0, hi=45.0))
+
+
 def test_rows_have_the_contracts_columns():
     table = rows()
     assert tuple(table.columns) == METRIC_COLUMNS and METRIC_COLUMNS[:12] == METRIC_KEYS

@@ -55,7 +55,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.set_defaults(scorer="parser")
     for command in (one, two, three, four):
         command.add_argument("--base", help="the same of the base model, for paired differences (and the frontier gap)")
-        command.add_argument("--interval", default="percentile", choices=METHODS, help="of scores and differences")
+        command.add_argument("--interval", default="percentile", choices=METHODS, help="of all but the frontier")
         command.add_argument("--json", help="write the result to this file too")
     return parser.parse_args(argv)
 

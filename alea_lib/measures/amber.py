@@ -80,11 +80,15 @@ def amber(
 
 
 def amber_responses(captions: pd.DataFrame | None, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
-    """Responses (id, response) from captions (image_id, caption) and answers (question_id, answer) of a model."""
+    """Responses (id, response) from captions (image_id, caption) and answers (question_id, answer) of a model.
+
+    Captions of images that the benchmark does not ask about are left aside, so those of a whole split serve.
+    """
     parts = []
     if captions is not None:
         generative = benchmark.queries[benchmark.queries["type"] == TYPES[0]]
-        found = match(captions.rename(columns={"caption": "response"}), generative, ["image_id"], "response")
+        told = captions[captions["image_id"].isin(generative["image_id"])].rename(columns={"caption": "response"})
+        found = match(told, generative, ["image_id"], "response")
         parts.append(found[["id", "response"]])
     if answers is not None:
         parts.append(answers.rename(columns={"question_id": "id", "answer": "response"})[["id", "response"]])

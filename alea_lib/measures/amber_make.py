@@ -34,11 +34,13 @@ def make_amber(
     ``frequent_companions`` of the training images. Questions: existence (one object that is there, and each
     expected one, or another absent one where none is), attribute (count, and side and colour where ``wording`` has
     them; yes and no in turn). There are none about contact between objects (AMBER's relation). The vocabulary is
-    ``objects`` (default: all that occur) with the lexicon's words for them. DataError when there is no image.
+    ``objects`` (default: all that occur or are expected) with the lexicon's words for them. DataError when
+    there is no image.
     """
     world = [f for f in read_facts(instances_json) if f.image_id in truth]
     if not world:
         raise DataError(f"{instances_json}: no image of it has ground truth")
+    askable = [] if objects is None else list(objects)
     objects = [c for c in truth.categories if objects is None or c in set(objects)]
     colours = colours_of(world)
     graph = {a: [c] if isinstance(c, str) else list(c) for a, c in companions.items()}
@@ -50,7 +52,8 @@ def make_amber(
         generative.append((number, f.file_name, DESCRIBE, {"type": "generative", "truth": there, "hallu": expected}))
         asked += _questions(f, truth, there, expected, objects, colours, wording, seed)
     numbered = [(i, *rest) for i, rest in enumerate(asked, len(generative) + 1)]
-    return _files(generative, numbered, objects)
+    vocabulary = dict.fromkeys([*objects, *askable, *(c for *_, note in generative for c in note["hallu"])])
+    return _files(generative, numbered, list(vocabulary))
 
 
 def _questions(f: Facts, truth: Truth, there, expected, objects, colours, wording: Wording, seed: int) -> list[tuple]:

@@ -78,8 +78,9 @@ def _queries(folder: Path) -> pd.DataFrame:
     records = [r for f in whole[:1] or files for r in read_records(f, ("id", "image", "query"))]
     table = pd.DataFrame(records)[["id", "image", "query"]].rename(columns={"query": "text"}).drop_duplicates()
     refuse_doubled(table, ["id"], "queries")
+    table = table.sort_values("id", kind="stable", ignore_index=True)
     numbers = image_numbers(table["image"])
-    return table.assign(image_id=[numbers[name] for name in table["image"]]).reset_index(drop=True)
+    return table.assign(image_id=[numbers[name] for name in table["image"]])
 
 
 def _words(words: list[str]) -> tuple[str, ...]:

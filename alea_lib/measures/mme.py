@@ -51,7 +51,8 @@ def read_mme(folder: PathLike, images: PathLike | None = None) -> pd.DataFrame:
     """
     folder = Path(folder)
     elsewhere = Path(images) if images is not None else folder.parent / "images"
-    rows = [row for task in TASKS for row in _read_task(folder / task, task, _pictures(elsewhere))]
+    pictures = _pictures(elsewhere)
+    rows = [row for task in TASKS for row in _read_task(folder / task, task, pictures)]
     if not rows:
         raise DataError(f"{folder}: no questions in it; needed is one folder a task, named {', '.join(TASKS)}")
     table = pd.DataFrame(rows, columns=["question_id", "setting", "image", "text", "label"])
@@ -169,11 +170,9 @@ def _check_truth(both: pd.DataFrame, key: list[str]) -> None:
 
 def _items(found: pd.DataFrame) -> pd.DataFrame:
     pairs = found.groupby(["task", "image_id"], sort=False)["correct"].agg(["sum", "size"]).reset_index()
-    odd = pairs[pairs["size"] != 2]
+    odd = pairs[pairs["size"] != 2].head(3)
     if len(odd):
-        raise DataError(
-            f"{odd['task'].iloc[0]}: image {odd['image_id'].iloc[0]} has {odd['size'].iloc[0]} questions, not 2"
-        )
+        raise DataError(f"MME has two questions an image; another number (size) have {odd.to_dict('records')}")
     parts = [_rows(found["image_id"], "unparsed", 1.0 - found["parsed"].astype(float), 1.0)]
     tasks = [task for task in TASKS if task in set(pairs["task"])]
     for task in tasks:

@@ -22,7 +22,7 @@ COLUMNS = 3  # left, middle, right
 
 
 def count_question(category: str) -> str:
-    """ "Are there two dogs in the image?"; true when exactly two are marked."""
+    """MME counts; here whether there are two of a kind, which is true when exactly two are marked."""
     return f"Are there two {load_lexicon().plural(category)} in the image?"
 
 

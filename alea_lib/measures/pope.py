@@ -135,7 +135,7 @@ def edition(n_questions: int) -> str:
 
 def _image_ids(names: pd.Series, images) -> list[int]:
     if images is not None and not isinstance(images, Mapping):
-        images = {image["file_name"]: image["id"] for image in read_json(images, dict).get("images", [])}
+        images = {image.get("file_name"): image.get("id") for image in read_json(images, dict).get("images", [])}
     if images is None:
         images = image_numbers(names)
     lost = [name for name in names if name not in images]
