@@ -17,10 +17,10 @@ ORDER = [3, 0, 2, 4, 1]
 TEXTS = [
     ("There is a cup.", "There is a dog with a cat.", ["dog", "cat"]),
     ("A kitchen scene shows a knife and a spoon. There is also a bowl.", "There is a car.", ["car"]),
-    ("There are two cups with an apple. There is a dog.", "There is a bus. There is a pair of scissors.", ["bus",
-    "scissors"]), ("A street scene on a blue background shows a car.", "There is a dog. There is also a bowl.", ["bowl", "dog"]),
-    ("There is a bus. There is a cat.", "A kitchen scene on a blue background shows a car and an apple.", ["car", "apple"]),
-]  # fmt: skip
+    ("There are two cups with an apple. There is a dog.", "There is a bus. There is a car.", ["bus", "car"]),
+    ("A street scene on a blue background shows a car.", "There is a dog. There is also a bowl.", ["bowl", "dog"]),
+    ("There is a bus. There is a cat.", "A kitchen scene on a blue background shows an apple.", ["apple"]),
+]
 
 
 @pytest.fixture(scope="module")
