@@ -1,5 +1,7 @@
 """LOCATE: which tokens are meant, what is pooled, errors before any work, and the choice."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -294,8 +296,15 @@ def test_bad_pairs(tiny, seen):
         locate_layers(tiny, seen[:2], PAIRS.drop(columns="wrong"), ["raw-l2"])
     with pytest.raises(DataError, match="pair 1 has an empty positive"):
         locate_layers(tiny, seen[:2], PAIRS.assign(positive=["There is a cup.", " "]), ["raw-l2"])
-    with pytest.raises(DataError, match="names none of"):
-        locate_layers(tiny, seen[:2], PAIRS.assign(wrong=[["bus"], ["zebra"]]), ["ablation"])
+    spoilt, passes = PAIRS.assign(wrong=[["bus"], ["zebra"]]), []
+    handle = tiny.language_model.register_forward_hook(lambda *a: passes.append(1))
+    try:
+        for names, s in ((["raw-l2", "ablation"], LocateSettings()), (["raw-l2"], LocateSettings(pooling="object"))):
+            with pytest.raises(DataError, match="names none of .'zebra'"):
+                locate_layers(tiny, seen[:2], spoilt, names, replace(s, batch_size=1))
+        assert not passes  # before any work
+    finally:
+        handle.remove()
 
 
 def test_bad_settings(tiny, seen):

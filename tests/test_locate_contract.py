@@ -253,6 +253,16 @@ def test_official_by_hand(tiny, seen, pairs):
     assert chosen == sorted(set(want.argmax(1).tolist()))
 
 
+@EACH
+def test_official_settings_suit_all_that_need_no_image(row, tiny, seen, pairs):
+    locate = locate_layers if row.target == "layer" else locate_heads
+    if row.image:
+        with pytest.raises(ValueError, match=f"{row.name} look at the image"):
+            locate(tiny, seen[:5], pairs, [row.name], OFFICIAL)
+    else:
+        assert np.isfinite(locate(tiny, seen[:5], pairs, [row.name], OFFICIAL).scores["score"]).all()
+
+
 def test_the_official_code_never_sees_the_image(tiny, seen, pairs):
     one, other = (locate_layers(tiny, f, pairs, ["raw-l2"], OFFICIAL).scores for f in (seen[:5], seen[:5].flip(0)))
     pd.testing.assert_frame_equal(one, other)

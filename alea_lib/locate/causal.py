@@ -28,7 +28,7 @@ def _baseline(work: Work) -> torch.Tensor:
     return torch.zeros(work.vlm.n_layers, work.embeds.shape[-1], device=work.embeds.device)
 
 
-@own_pass("mlp-ablation")
+@own_pass("mlp-ablation", objects=True)
 @torch.no_grad()
 def mlp_ablation(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: fall of the contrast of log p when the layer's MLP is ablated."""
@@ -45,7 +45,7 @@ def mlp_ablation(work: Work) -> dict[str, torch.Tensor]:
     return {"effect": probed.by_pair(torch.stack(falls, 1))}
 
 
-@own_pass("mlp-gradient")
+@own_pass("mlp-gradient", objects=True)
 def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: <gradient of the contrast of log p, MLP output minus its ablated value>, summed over sites."""
     probed, baseline, seen = Probed(work), _baseline(work), {}
@@ -54,7 +54,8 @@ def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
         outputs = [seen[layer] for layer in range(work.vlm.n_layers)]
         gradients = torch.autograd.grad(probed.contrast(final, "logp").sum(), outputs)
     products = [
-        ((g * (x.detach() - b)).float().sum(-1) * probed.sites).sum(1) for g, x, b in zip(gradients, outputs, baseline)
+        ((g.float() * (x.detach().float() - b)).sum(-1) * probed.sites).sum(1)
+        for g, x, b in zip(gradients, outputs, baseline)
     ]
     return {"effect": probed.by_pair(torch.stack(products, 1))}
 
@@ -62,7 +63,7 @@ def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
 # ---- causal tracing --------------------------------------------------------------------------------------------------
 
 
-@own_pass("tracing")
+@own_pass("tracing", objects=True)
 @torch.no_grad()
 def tracing(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: rise of the contrast of p when a window of layers around l is put back to its clean outputs
@@ -73,7 +74,8 @@ def tracing(work: Work) -> dict[str, torch.Tensor]:
     clean: dict[int, torch.Tensor] = {}
     with read_outputs(vlm, part, clean.__setitem__):
         whole = probed.contrast(vlm.hidden(probed.embeds, probed.mask), "p")[0]
-    spoilt = vlm.embed(replace(work.batch, features=torch.cat([corrupted(work)] * 2)))[probed.rows]
+    shown = torch.cat([corrupted(work)] * 2).to(work.batch.features)
+    spoilt = vlm.embed(replace(work.batch, features=shown))[probed.rows]
     inputs, final = probed.inputs(spoilt)
     base, effects = probed.contrast(final, "p")[0], []
 
@@ -110,7 +112,7 @@ def corrupted(work: Work) -> torch.Tensor:
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-@own_pass("head-ablation")
+@own_pass("head-ablation", objects=True)
 @torch.no_grad()
 def head_ablation(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L,H]: fall of the contrast of p when a head's output is zero (AD-HH). All heads of a layer in one
@@ -129,7 +131,7 @@ def head_ablation(work: Work) -> dict[str, torch.Tensor]:
     return {"effect": probed.by_pair(effect)}
 
 
-@own_pass("head-gradient")
+@own_pass("head-gradient", objects=True)
 def head_gradient(work: Work) -> dict[str, torch.Tensor]:
     """Inner products [n,L,H] of the gradient of the contrast of p with the head output (``effect``), and with what it
     takes from the ``image`` and from the ``text``, summed over sites."""
@@ -147,7 +149,7 @@ def head_gradient(work: Work) -> dict[str, torch.Tensor]:
         gradients = torch.autograd.grad(probed.contrast(final, "p").sum(), outputs)
 
     def product(x: list[torch.Tensor]) -> torch.Tensor:
-        rows = [((g * v).float().sum(-1) * probed.sites[..., None]).sum(1) for g, v in zip(gradients, x)]
+        rows = [((g.float() * v.float()).sum(-1) * probed.sites[..., None]).sum(1) for g, v in zip(gradients, x)]
         return probed.by_pair(torch.stack(rows, 1))
 
     whole = product([o.detach() for o in outputs])
