@@ -3,7 +3,20 @@
 import pytest
 import torch
 
-from alea_lib.taps import SilentTap, full_weight, read_attention, read_layers, replaced_linear
+from alea_lib.taps import (
+    SilentTap,
+    counted,
+    full_weight,
+    read_attention,
+    read_heads,
+    read_layers,
+    read_outputs,
+    read_parts,
+    replaced_heads,
+    replaced_linear,
+    replaced_outputs,
+    started_at,
+)
 
 
 def forward(tiny, batch, **options):
@@ -143,7 +156,117 @@ def test_full_weight_is_a_detached_copy(tiny):
     assert copy.data_ptr() != own.data_ptr()
 
 
+# ---- outputs and heads
+
+
+@torch.no_grad()
+def test_outputs_of_a_part(tiny, batch):
+    got = {}
+    with (
+        read_outputs(tiny, "down_proj", got.__setitem__),
+        read_outputs(tiny, "o_proj", lambda i, x: got.update({-1: x})),
+    ):
+        forward(tiny, batch)
+    assert sorted(got) == [-1, 0, 1, 2, 3] and got[3].shape == (*batch.ids.shape, 64)
+    with replaced_linear(tiny, {tiny.address("down_proj", 2): torch.zeros(64, 128)}):
+        want = forward(tiny, batch).last_hidden_state
+    with replaced_outputs(tiny, "down_proj", lambda layer, x: x * 0, [2]):
+        assert torch.equal(forward(tiny, batch).last_hidden_state, want)
+    with replaced_outputs(tiny, "layer", lambda layer, h: h, [0, 3]):
+        assert torch.equal(forward(tiny, batch).last_hidden_state, forward(tiny, batch).last_hidden_state)
+    assert ours(tiny.model) == []
+
+
+@torch.no_grad()
+def test_heads_add_up_to_the_attentions_output(tiny, batch):
+    heads, outputs = {}, {}
+    with read_heads(tiny, heads.__setitem__), read_outputs(tiny, "o_proj", outputs.__setitem__):
+        forward(tiny, batch)
+    assert heads[1].shape == (*batch.ids.shape, 4, 16)
+    columns = tiny.module("o_proj", 1).weight.unflatten(1, (4, 16))
+    torch.testing.assert_close(torch.einsum("bthd,nhd->btn", heads[1], columns), outputs[1], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_silenced_head_equals_zeroed_columns(tiny, batch):
+    def silence(layer, o):
+        return o * (torch.arange(4) != 2)[:, None]
+
+    with replaced_heads(tiny, silence, [1]):
+        got = forward(tiny, batch).last_hidden_state
+    weight = full_weight(tiny, tiny.address("o_proj", 1))
+    weight[:, 32:48] = 0
+    with replaced_linear(tiny, {tiny.address("o_proj", 1): weight}):
+        torch.testing.assert_close(got, forward(tiny, batch).last_hidden_state)
+    assert (got - forward(tiny, batch).last_hidden_state).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_started_at_a_layer(tiny, batch):
+    """Whatever goes in below, the rest of the model runs as it would have."""
+    got = {}
+    with read_layers(tiny, got.__setitem__):
+        whole = forward(tiny, batch).last_hidden_state
+    for layer in (1, 3):
+        with started_at(tiny, layer, got[layer - 1]), counted(tiny) as count:
+            rest = tiny.hidden(torch.zeros_like(whole), batch.mask)
+        assert torch.equal(rest, whole) and count.forwards == pytest.approx(6 * (4 - layer) / 4)
+        assert ours(tiny.model) == []
+    with pytest.raises(RuntimeError, match="amid"), started_at(tiny, 2, whole):
+        raise RuntimeError("amid")
+    assert ours(tiny.model) == []
+
+
+def test_passes_are_counted(tiny, batch):
+    with counted(tiny) as count:
+        with torch.no_grad():
+            forward(tiny, batch)
+        assert (count.forwards, count.backwards) == (pytest.approx(6), 0)
+        seen = {}
+        with replaced_outputs(tiny, "layer", lambda i, h: seen.setdefault(i, h.detach().requires_grad_(True)), [1]):
+            forward(tiny, batch).last_hidden_state.square().sum().backward()
+    assert count.forwards == pytest.approx(12) and count.backwards == pytest.approx(6 * 2 / 4)  # layers 2 and 3
+    assert ours(tiny.model) == []
+
+
+@torch.no_grad()
+def test_new_taps_are_errors_when_silent(tiny):
+    def nothing(layer, x):
+        return x
+
+    taps = [
+        read_heads(tiny, nothing),
+        replaced_heads(tiny, nothing, [1]),
+        replaced_outputs(tiny, "layer", nothing, [0]),
+    ]
+    for tap in [*taps, read_parts(tiny, nothing, torch.ones(1, 1))]:
+        with pytest.raises(SilentTap, match="forward pass"), tap:
+            pass
+    assert ours(tiny.model) == []
+
+
 # ---- attention
+
+
+@torch.no_grad()
+def test_parts_of_the_heads_outputs(tiny, batch):
+    """What image positions and the others add makes up the whole; each part is attention times value."""
+    image = batch.ids == tiny.model.config.image_token_id
+    heads, parts, rows = {}, [{}, {}], torch.arange(batch.ids.shape[1]).expand(6, -1)
+    for part, keys in zip(parts, (image, ~image)):
+        with read_heads(tiny, heads.__setitem__), read_parts(tiny, part.__setitem__, keys):
+            forward(tiny, batch)
+    real = batch.mask.bool()
+    for layer in range(4):
+        torch.testing.assert_close((parts[0][layer] + parts[1][layer])[real], heads[layer][real], atol=1e-5, rtol=1e-4)
+    attention, values = {}, {}
+    name = tiny.address("o_proj", 2).replace("o_proj", "v_proj")
+    handle = tiny.model.get_submodule(name).register_forward_hook(lambda m, a, out: values.update(v=out))
+    with read_attention(tiny, attention.__setitem__, rows):
+        forward(tiny, batch)
+    handle.remove()
+    want = torch.einsum("bhtk,bkhd->bthd", attention[2] * image[:, None, None], values["v"].unflatten(-1, (4, 16)))
+    torch.testing.assert_close(parts[0][2][real], want[real], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -14,48 +14,9 @@ import numpy as np
 import torch
 
 from ..tables import DataError
-from ..taps import read_heads, read_layers, read_outputs, read_parts, replaced_heads, replaced_outputs, started_at
+from ..taps import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
 from .evidence import Work, own_pass
-
-
-class Probed:
-    """The sequences of a batch that hold an object of the contrast, ready for whole and for tail passes."""
-
-    def __init__(self, work: Work):
-        self.vlm, self.settings, self.n = work.vlm, work.settings, work.n
-        self.rows = (work.contrast != 0).any(1).nonzero()[:, 0]
-        self.weight, self.labels = work.contrast[self.rows], work.batch.labels[self.rows]
-        self.mask, self.embeds = work.batch.mask[self.rows], work.embeds[self.rows]
-        first = work.batch.answer[self.rows, None] - 1
-        self.answer = torch.arange(self.mask.shape[1], device=first.device) >= first
-        self.sites = self.mask.bool() & (self.answer if work.settings.sites == "answer" else True)
-        self.pair = self.rows % work.n
-
-    def contrast(self, hidden: torch.Tensor, of: str) -> torch.Tensor:
-        """hidden [m*k,T,D], the rows k times over -> weighted sums of ``p`` or ``logp``, [k, m]."""
-        k = len(hidden) // len(self.rows)
-        row, at = self.weight.nonzero(as_tuple=True)
-        logits = self.vlm.head(hidden.unflatten(0, (k, -1))[:, row, at - 1]).float()
-        value = logits.log_softmax(-1).gather(-1, self.labels[row, at].expand(k, -1)[..., None])[..., 0]
-        value = (value if of == "logp" else value.exp()) * self.weight[row, at]
-        return value.new_zeros(k, len(self.rows)).index_add(1, row, value)
-
-    def by_pair(self, x: torch.Tensor) -> torch.Tensor:
-        """x [m,...], one row a sequence -> [n,...]: the sum over a pair's sequences."""
-        return x.new_zeros(self.n, *x.shape[1:]).index_add(0, self.pair, x)
-
-    def inputs(self, embeds: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """A whole pass: the input of each layer [m,T,D], and the final states."""
-        outputs = []
-        with read_layers(self.vlm, lambda layer, h: outputs.append(h)):
-            final = self.vlm.hidden(embeds, self.mask)
-        return [embeds, *outputs[:-1]], final
-
-    def tail(self, layer: int, h: torch.Tensor) -> torch.Tensor:
-        """Final states when ``layer`` reads ``h`` [m*k,T,D]."""
-        with started_at(self.vlm, layer, h):
-            return self.vlm.hidden(h, self.mask.repeat(len(h) // len(self.mask), 1))
-
+from .probed import Probed
 
 # ---- MLPs ------------------------------------------------------------------------------------------------------------
 
@@ -67,24 +28,24 @@ def _baseline(work: Work) -> torch.Tensor:
     return torch.zeros(work.vlm.n_layers, work.embeds.shape[-1], device=work.embeds.device)
 
 
-@own_pass("mlp-ablation")
+@own_pass("mlp-ablation", objects=True)
 @torch.no_grad()
 def mlp_ablation(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: fall of the contrast of log p when the layer's MLP is ablated."""
     probed, baseline = Probed(work), _baseline(work)
     inputs, final = probed.inputs(probed.embeds)
-    base, falls = probed.contrast(final, "logp")[0], []
+    base, falls, sites = probed.contrast(final, "logp")[0], [], probed.sites[:, probed.cut :]
     for layer, h in enumerate(inputs):
 
         def ablated(layer, x):
-            return torch.where(probed.sites[..., None], baseline[layer].to(x.dtype), x)
+            return torch.where(sites[..., None], baseline[layer].to(x.dtype), x)
 
         with replaced_outputs(work.vlm, "down_proj", ablated, [layer]):
             falls.append(base - probed.contrast(probed.tail(layer, h), "logp")[0])
     return {"effect": probed.by_pair(torch.stack(falls, 1))}
 
 
-@own_pass("mlp-gradient")
+@own_pass("mlp-gradient", objects=True)
 def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: <gradient of the contrast of log p, MLP output minus its ablated value>, summed over sites."""
     probed, baseline, seen = Probed(work), _baseline(work), {}
@@ -93,7 +54,8 @@ def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
         outputs = [seen[layer] for layer in range(work.vlm.n_layers)]
         gradients = torch.autograd.grad(probed.contrast(final, "logp").sum(), outputs)
     products = [
-        ((g * (x.detach() - b)).float().sum(-1) * probed.sites).sum(1) for g, x, b in zip(gradients, outputs, baseline)
+        ((g.float() * (x.detach().float() - b)).sum(-1) * probed.sites).sum(1)
+        for g, x, b in zip(gradients, outputs, baseline)
     ]
     return {"effect": probed.by_pair(torch.stack(products, 1))}
 
@@ -101,23 +63,24 @@ def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
 # ---- causal tracing --------------------------------------------------------------------------------------------------
 
 
-@own_pass("tracing")
+@own_pass("tracing", objects=True)
 @torch.no_grad()
 def tracing(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: rise of the contrast of p when a window of layers around l is put back to its clean outputs
     while the image is corrupted. ``total`` [n]: the contrast with the image minus that with the corrupted one."""
     vlm, s, probed = work.vlm, work.settings, Probed(work)
     part = "layer" if s.restore == "state" else "down_proj"
-    sites = probed.sites & (probed.answer if s.restore == "state" else True)
+    sites = (probed.sites & (probed.answer if s.restore == "state" else True))[:, probed.cut :]
     clean: dict[int, torch.Tensor] = {}
     with read_outputs(vlm, part, clean.__setitem__):
         whole = probed.contrast(vlm.hidden(probed.embeds, probed.mask), "p")[0]
-    spoilt = vlm.embed(replace(work.batch, features=torch.cat([corrupted(work)] * 2)))[probed.rows]
+    shown = torch.cat([corrupted(work)] * 2).to(work.batch.features)
+    spoilt = vlm.embed(replace(work.batch, features=shown))[probed.rows]
     inputs, final = probed.inputs(spoilt)
     base, effects = probed.contrast(final, "p")[0], []
 
     def restored(layer, x):
-        return torch.where(sites[..., None], clean[layer], x)
+        return torch.where(sites[..., None], clean[layer][:, probed.cut :], x)
 
     for layer in range(vlm.n_layers):
         first = max(0, layer - (s.window - 1) // 2)
@@ -149,26 +112,26 @@ def corrupted(work: Work) -> torch.Tensor:
 # ---- heads -----------------------------------------------------------------------------------------------------------
 
 
-@own_pass("head-ablation")
+@own_pass("head-ablation", objects=True)
 @torch.no_grad()
 def head_ablation(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L,H]: fall of the contrast of p when a head's output is zero (AD-HH). All heads of a layer in one
     batch, from that layer on: H (L + 1) / 2 forward passes a sequence instead of H L."""
     probed, vlm = Probed(work), work.vlm
     inputs, final = probed.inputs(probed.embeds)
-    base, falls = probed.contrast(final, "p")[0], []
+    base, falls, sites = probed.contrast(final, "p")[0], [], probed.sites[:, probed.cut :]
     width = max(1, work.settings.max_rows // max(1, len(probed.rows)))
     for layer, h in enumerate(inputs):
         for chunk in torch.arange(vlm.n_heads, device=h.device).split(width):
             kept = (torch.arange(vlm.n_heads, device=h.device) != chunk[:, None]).repeat_interleave(len(h), 0)
-            kept = kept[:, None, :, None] | ~probed.sites.repeat(len(chunk), 1)[:, :, None, None]
+            kept = kept[:, None, :, None] | ~sites.repeat(len(chunk), 1)[:, :, None, None]
             with replaced_heads(vlm, lambda _, o, kept=kept: o * kept, [layer]):
                 falls.append(base - probed.contrast(probed.tail(layer, h.repeat(len(chunk), 1, 1)), "p"))
     effect = torch.cat(falls).unflatten(0, (vlm.n_layers, vlm.n_heads)).permute(2, 0, 1)
     return {"effect": probed.by_pair(effect)}
 
 
-@own_pass("head-gradient")
+@own_pass("head-gradient", objects=True)
 def head_gradient(work: Work) -> dict[str, torch.Tensor]:
     """Inner products [n,L,H] of the gradient of the contrast of p with the head output (``effect``), and with what it
     takes from the ``image`` and from the ``text``, summed over sites."""
@@ -186,7 +149,7 @@ def head_gradient(work: Work) -> dict[str, torch.Tensor]:
         gradients = torch.autograd.grad(probed.contrast(final, "p").sum(), outputs)
 
     def product(x: list[torch.Tensor]) -> torch.Tensor:
-        rows = [((g * v).float().sum(-1) * probed.sites[..., None]).sum(1) for g, v in zip(gradients, x)]
+        rows = [((g.float() * v.float()).sum(-1) * probed.sites[..., None]).sum(1) for g, v in zip(gradients, x)]
         return probed.by_pair(torch.stack(rows, 1))
 
     whole = product([o.detach() for o in outputs])

@@ -22,10 +22,11 @@ from ..tables import DataError
 from ..taps import counted, read_attention, read_heads, read_layers, read_outputs
 from ..vlm import VLM
 from .settings import LocateSettings
-from .tokens import contrast_weights, encode, pooling_weights
+from .tokens import contrast_weights, encode, pooling_weights, suspects
 
 READERS: dict[str, Callable] = {}
 PASSES: dict[str, Callable] = {}
+NAMED: set[str] = set()  # passes that look at the named objects
 
 
 def reader(name: str):
@@ -38,11 +39,12 @@ def reader(name: str):
     return add
 
 
-def own_pass(name: str):
-    """Register a pass: ``work -> {name: tensor with one row a pair}``."""
+def own_pass(name: str, objects: bool = False):
+    """Register a pass: ``work -> {name: tensor with one row a pair}``; ``objects``: it looks at the named objects."""
 
     def add(function):
         PASSES[name] = function
+        NAMED.update({name} if objects else ())
         return function
 
     return add
@@ -128,6 +130,9 @@ class Evidence:
         missing = [n for n in dict.fromkeys(needs) if n not in self._got]
         if unknown := [n for n in missing if n not in READERS and n not in PASSES]:
             raise KeyError(f"unknown needs {unknown}; there are {sorted({*READERS, *PASSES})}")
+        if self.settings.pooling == "object" or NAMED & set(missing):
+            for row in self.pairs.itertuples():  # an error now, not after minutes
+                suspects(self.vlm, row.positive, row.negative, row.wrong)
         readers = [n for n in missing if n in READERS]
         if readers:
             self._measure(readers, self._plain)

@@ -135,8 +135,8 @@ def contrast_weights(
     for i, (p, n, w) in enumerate(zip(positives, negatives, wrong)):
         of_positive, bad, of_negative = suspects(vlm, p, n, w)
         row = i + len(positives)
-        out[row, batch.answer[row] + torch.tensor(bad)] = 1 / len(bad)
+        out[row, [int(batch.answer[row]) + t for t in bad]] = 1 / len(bad)
         row, good = (i, of_positive) if s.grounded == "positive" else (row, of_negative)
         if good:
-            out[row, batch.answer[row] + torch.tensor(good)] = -1 / len(good)
+            out[row, [int(batch.answer[row]) + t for t in good]] = -1 / len(good)
     return out
