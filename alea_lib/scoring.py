@@ -10,7 +10,7 @@ import pandas as pd
 from .edit.delta import Delta, applied
 from .measures.amber import Amber, amber, amber_responses, read_amber
 from .measures.chair import chair, distinct
-from .measures.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap
+from .measures.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap, under_budget
 from .measures.mme import mme, read_mme
 from .measures.pope import pope, read_pope
 from .measures.pope_make import SETTINGS
@@ -135,7 +135,8 @@ def _caption_items(told: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.
         {"image_id": told["image_id"], "metric": "eos_rate", "num": told["eos"].astype(float), "den": 1.0}
     )
     items = pd.concat([items, ended], ignore_index=True)
-    return items.assign(benchmark="chair", scorer=truth.family, setting=f"max{max_new_tokens}")[COLUMNS]
+    setting = under_budget(told, max_new_tokens, "keep")[1]
+    return items.assign(benchmark="chair", scorer=truth.family, setting=setting)[COLUMNS]
 
 
 def _notes(rows: list[tuple[str, str]]) -> pd.DataFrame:

@@ -62,6 +62,7 @@ UNTESTED = (
 )
 METHOD_ORDER = ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed")
 OTHER_WORLD = "not run: needs a GPU"
+CUT = ",cut"  # in the setting of a row: the base model's captions cut to so many sentences
 
 
 def verdict(lo: float, hi: float, sign: int) -> str:
@@ -117,6 +118,7 @@ def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str) -> pd.S
     mine = (metrics["model"] == studied(metrics)) & (metrics["method"] == method)
     found = metrics[mine & (metrics["metric"] == metric) & (metrics["benchmark"] == benchmark)]
     found = found[(found["setting"] == "all") if benchmark == "pope" else (found["prompt"] == "plain")]
+    found = found[~found["setting"].str.contains(CUT)]
     if len(found) != 1:
         raise KeyError(
             f"metrics.csv has {len(found)} rows of {metric} for {method}, expected one: run notebook 06_measure for it"
@@ -175,14 +177,14 @@ def side_by_side(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | 
 def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
     """The rows of these measures of the studied model, plain prompt, whole captions; see :func:`side_by_side`."""
     rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
-    rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(",cut")]
+    rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT)]
     overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
     return rows[overall if setting is None else rows["setting"].eq(setting)]
 
 
 def frontier_line(metrics: pd.DataFrame) -> pd.DataFrame:
     """The base model's truncation frontier: k, and value, _lo, _hi of chair_s, chair_i, recall, words."""
-    rows = metrics[(metrics["model"] == studied(metrics)) & metrics["setting"].str.contains(",cut")]
+    rows = metrics[(metrics["model"] == studied(metrics)) & metrics["setting"].str.contains(CUT)]
     rows = rows.assign(k=rows["setting"].str.rpartition("cut")[2].astype(int))
     return _wide(rows, "k")
 

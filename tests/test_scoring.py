@@ -49,7 +49,7 @@ def test_base_rows_keep_the_contract(study):
     assert list(rows.columns) == list(METRIC_COLUMNS)
     found = rows.set_index(["benchmark", "setting", "metric"])
     for metric in ("chair_s", "recall", "words", "objects_per_caption", "eos_rate"):
-        assert ("chair", "max6", metric) in found.index
+        assert ("chair", "max6,keep", metric) in found.index
     for setting in ("all", "random", "popular", "adversarial"):
         assert found.loc[("pope", setting, "pope_accuracy"), "n"] == benchmarks.pope["image_id"].nunique()
     assert ("pope", "", "pope_accuracy") not in found.index
@@ -66,12 +66,12 @@ def test_base_rows_keep_the_contract(study):
     nll, ppl = (found.loc[("ability", "reference", m)] for m in ("nll_grounded", "ppl_grounded"))
     for column in ("value", "lo", "hi"):
         assert ppl[column] == pytest.approx(math.exp(nll[column]))
-    assert found.loc[("chair", "max6", "distinct"), "value"] == base.captions["caption"].nunique() / len(split.ids)
+    assert found.loc[("chair", "max6,keep", "distinct"), "value"] == base.captions["caption"].nunique() / len(split.ids)
     assert "kl_clean" not in set(rows["metric"]) and base.notes["metric"].tolist() == ["kl_clean"]
     assert (rows.loc[~rows["benchmark"].isin(["pope", "mme"]), "prompt"] == "plain").all()
     assert not rows["metric"].str.endswith("_diff").any() and "frontier_gap" not in set(rows["metric"])
     by_hand = base.captions["eos"].mean()
-    assert found.loc[("chair", "max6", "eos_rate"), "value"] == pytest.approx(by_hand)
+    assert found.loc[("chair", "max6,keep", "eos_rate"), "value"] == pytest.approx(by_hand)
 
 
 def test_a_method_rows_hold_differences(tiny, study, changed):
@@ -89,7 +89,7 @@ def test_a_method_rows_hold_differences(tiny, study, changed):
                 continue
             change = mine[benchmark, setting, plain] - theirs[benchmark, setting, plain]
             assert value == pytest.approx(change, abs=1e-9), metric
-    assert ("chair", "max6", "frontier_gap") in mine.index
+    assert ("chair", "max6,keep", "frontier_gap") in mine.index
     for benchmark, setting, metric in [
         ("pope", "all", "pope_accuracy"),
         ("grounding", "answer", "attn_last_max"),

@@ -11,9 +11,12 @@ from alea_lib.verdicts import (
     adversary,
     claims,
     finding,
+    frontier_line,
+    frontier_points,
     headline,
     kept,
     one,
+    side_by_side,
     verdict,
 )
 
@@ -52,7 +55,7 @@ def test_a_claim_of_no_loss(lo, hi, said):
 
 
 def row(metric, benchmark, method, value, lo, hi, **more):
-    setting = "all" if benchmark == "pope" else "max64"
+    setting = "all" if benchmark == "pope" else "max64,keep"
     prompt = "" if benchmark == "pope" else "plain"
     return {"metric": metric, "benchmark": benchmark, "method": method, "value": value, "lo": lo, "hi": hi,
             "n": 100, "setting": setting, "prompt": prompt, "model": "scenes-natural", **more}  # fmt: skip
@@ -116,7 +119,48 @@ def test_headline_leaves_undefined_cells_empty():
     assert table.columns.tolist() == ["base", "truncation"]
     assert table.loc["chair_s", "base"] == "0.500 [0.400, 0.600]"
     assert table.loc["pope_accuracy", "base"] == "0.800 [0.700, 0.900]"
-    assert table.loc["pope_accuracy", "truncation"] == "" and table.loc["frontier_gap", "base"] == ""
+    assert table.loc["pope_accuracy", "truncation"] == "" and "frontier_gap" not in table.index
+
+
+def cuts(model="scenes-natural"):
+    """A frontier of two cuts and two methods, as ``06_measure`` writes them."""
+    rows = [
+        row(m, "chair", "truncation", v + k / 10, v, 1, setting=f"max64,cut{k}", model=model)
+        for k in (1, 2)
+        for m, v in (("chair_s", 0.1), ("chair_i", 0.05), ("recall", 0.5), ("words", 0.3))
+    ]
+    rows += [row(m, "chair", "truncation", 0.35, 0.3, 0.4, model=model) for m in ("chair_s", "recall")]
+    return rows + [row(m, "chair", "base", 0.6, 0.5, 0.7, model=model) for m in ("chair_s", "recall")]
+
+
+def test_the_frontier_and_its_points_come_from_the_table():
+    metrics = pd.DataFrame(cuts())
+    line, points = frontier_line(metrics), frontier_points(metrics)
+    assert line["k"].tolist() == [1, 2] and line["chair_s"].tolist() == pytest.approx([0.2, 0.3])
+    assert line["recall_lo"].tolist() == [0.5, 0.5] and line["words_hi"].tolist() == [1, 1]
+    assert points["method"].tolist() == ["base", "truncation"] and points["chair_s"].tolist() == [0.6, 0.35]
+    assert points.loc[1, ["recall_lo", "recall_hi"]].tolist() == [0.3, 0.4]
+
+
+def test_cut_captions_are_no_method_of_their_own():
+    metrics = pd.DataFrame(cuts())
+    assert one(metrics, "chair_s", "chair", "truncation")["value"] == 0.35
+    assert side_by_side(metrics, ("chair_s",)).loc["chair_s", "truncation"] == "0.350 [0.300, 0.400]"
+
+
+def test_a_value_without_interval_stands_alone():
+    metrics = pd.DataFrame([row("distinct", "chair", "base", 0.9, float("nan"), float("nan"))])
+    assert side_by_side(metrics, ("distinct",)).loc["distinct", "base"] == "0.900"
+
+
+def test_side_by_side_takes_the_setting_that_is_asked_for():
+    rows = [
+        row("pope_f1", "pope", "base", 0.9, 0.8, 1.0),
+        row("pope_f1", "pope", "base", 0.7, 0.6, 0.8, setting="popular"),
+    ]
+    metrics = pd.DataFrame(rows)
+    assert side_by_side(metrics, ("pope_f1",)).iloc[0, 0] == "0.900 [0.800, 1.000]"
+    assert side_by_side(metrics, ("pope_f1",), "popular").iloc[0, 0] == "0.700 [0.600, 0.800]"
 
 
 def test_the_finding_states_values_intervals_and_signs():
