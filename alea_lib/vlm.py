@@ -236,14 +236,16 @@ def model_path(key: str) -> Path | str:
 def load(
     key: str,
     four_bit: bool = False,
-    edited_layers: tuple[int, ...] = (),
+    edited_layers: tuple[int, ...] | None = (),
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
+    edited_parts: tuple[str, ...] = ("down_proj",),
 ) -> VLM:
     """Load a model by key.
 
-    ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the down-projections
-    of ``edited_layers`` (an edit needs its matrices unquantised). Raises FileNotFoundError for an unknown key.
+    ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the ``edited_parts``
+    (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised. Raises
+    FileNotFoundError for an unknown key.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -254,7 +256,8 @@ def load(
     config = AutoConfig.from_pretrained(path)
     row = family(config.model_type, small=config.get_text_config().hidden_size < 1024)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    kept = tuple(row.down_proj.format(i=i) for i in edited_layers)
+    layers = range(config.get_text_config().num_hidden_layers) if edited_layers is None else edited_layers
+    kept = tuple(getattr(row, part).format(i=i) for part in edited_parts for i in layers)
     options = {"quantization_config": _nf4(kept, dtype)} if four_bit else {}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **options)
     if four_bit:

@@ -1,4 +1,4 @@
-"""python -m alea_lib.runs study | execute | collect | book | guard"""
+"""python -m alea_lib.runs study | execute | collect | publish | book | guard"""
 
 import argparse
 import os
@@ -32,7 +32,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--quiet", action="store_true", help="no progress bar")
     collect = commands.add_parser("collect", help="join the tables of finished stages")
     book = commands.add_parser("book", help="build the book from finished stages")
-    for sub in (study, one, collect, book):
+    publish = commands.add_parser("publish", help="copy the joined tables to data/results, to be committed")
+    for sub in (study, one, collect, book, publish):
         sub.add_argument("--profile", default="scenes")
     guard = commands.add_parser("guard", help="refuse notebooks that were not executed to their end")
     guard.add_argument("notebooks", nargs="+", type=Path)
@@ -70,6 +71,10 @@ def act(args: argparse.Namespace) -> int:
         from alea_lib.runs.collect import collect
 
         collect(args.profile)
+    elif args.command == "publish":
+        from alea_lib.runs.collect import publish
+
+        print(f"tables copied to {publish(args.profile)}")
     elif args.command == "book":
         from alea_lib.runs.book import build
 

@@ -28,7 +28,7 @@ def finished(profile: str, jobs: list[Job]) -> list[Path]:
 
 
 def collect(profile: str) -> Path:
-    """Write metrics.csv, notes.csv and runs.csv of a profile; returns their folder."""
+    """Write metrics.csv, notes.csv, runs.csv and localisation.csv of a profile; returns their folder."""
     from alea_lib.tables import METRIC_COLUMNS, write_csv, write_metrics
 
     folders = finished(profile, [job for job in places.plan(profile) if not job.after_collect])
@@ -42,7 +42,32 @@ def collect(profile: str) -> Path:
     notes = _join(folders, "notes.csv", ["stage"])
     write_csv(notes.sort_values(list(notes.columns), kind="stable"), out / "notes.csv")
     write_csv(run_table(folders), out / "runs.csv")
+    _join_located(folders, out / "localisation.csv")
     return out
+
+
+def _join_located(folders: list[Path], path: Path) -> None:
+    """The tables localisation.csv of the stages that tried locators, with the run that each row comes from."""
+    from alea_lib.tables import read_csv, write_csv
+
+    found = [f for f in folders if (f / "localisation.csv").exists()]
+    parts = [read_csv(f / "localisation.csv").assign(run_id=read_record(f)["run_id"]) for f in found]
+    joined = pd.concat([pd.DataFrame(columns=["run_id"]), *parts], ignore_index=True)  # no such stage: a bare header
+    write_csv(joined, path)
+
+
+def publish(profile: str) -> Path:
+    """Copy a profile's joined tables to data/results/<profile>, where they are committed; returns that folder."""
+    from alea_lib.tables import replacing
+
+    source, target = places.results_dir(profile), places.root() / "data" / "results" / profile
+    tables = sorted(source.glob("*.csv"))
+    if not tables:
+        raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
+    for table in tables:
+        with replacing(target / table.name) as temporary:
+            temporary.write_bytes(table.read_bytes())
+    return target
 
 
 def _join(folders: list[Path], name: str, first: list[str]) -> pd.DataFrame:

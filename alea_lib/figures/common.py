@@ -1,9 +1,8 @@
-"""Tables in, figures out: one style, colour-blind-safe, readable in grey. Nothing here computes a result."""
+"""One style, and the figures that several chapters draw: intervals, curves, the frontier's plane."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from textwrap import fill
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,10 +10,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from .measures.parse import mentions
-from .stats import summarise
+from ..stats import summarise
 
-STRENGTHS = ("strong", "medium", "weak", "rare")
 METHODS = {  # colour and marker of each method, the same on every page
     "base": ("#000000", "o"), "truncation": ("#7f7f7f", "s"), "no-prefix": ("#0072B2", "^"),
     "alea-corrected": ("#D55E00", "D"), "alea-mixed": ("#009E73", "P"),
@@ -46,61 +43,6 @@ def style() -> None:
     )
 
 
-def gallery(
-    images: Sequence, captions: Sequence[str], truth: Sequence[frozenset] | None = None, columns: int = 4
-) -> Figure:
-    """Pictures with their captions; with ``truth`` wrong objects are written in [BRACKETS AND CAPITALS]."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 3.7 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for i, (axis, image, text) in enumerate(zip(axes.flat, images, captions)):
-        axis.imshow(image, interpolation="nearest")
-        axis.set_title(
-            fill(mark(text, truth[i]) if truth else text, 36),
-            fontsize=8,
-            fontweight="normal",
-            loc="left",
-            y=-0.05,
-            va="top",
-        )
-    return figure
-
-
-def mark(text: str, there: frozenset) -> str:
-    """The caption with objects that are not there in [CAPITALS AND BRACKETS], so that no colour is needed."""
-    for m in reversed(mentions(text)):
-        if m.category not in there:
-            text = f"{text[: m.start]}[{text[m.start : m.end].upper()}]{text[m.end :]}"
-    return text
-
-
-def glyph_sheet(images: dict[str, np.ndarray], columns: int = 13) -> Figure:
-    """The objects of the world, one glyph each."""
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(0.9 * columns, 1.1 * rows), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, (name, image) in zip(axes.flat, images.items()):
-        axis.imshow(image)
-        axis.set_title(name, fontsize=7, fontweight="normal", loc="center", pad=2)
-    return figure
-
-
-def companion_graph(edges: pd.DataFrame) -> Figure:
-    """The planted graph (anchor, companion, strength, place) as four lists of edges, one for each strength."""
-    figure, axes = plt.subplots(1, len(STRENGTHS), figsize=(11, 4.6))
-    for axis, strength in zip(axes, STRENGTHS):
-        part = edges[edges["strength"] == strength].reset_index(drop=True)
-        axis.axis("off")
-        axis.set_title(f"{strength} ({len(part)})")
-        for i, edge in part.iterrows():
-            axis.text(
-                0, 1 - (i + 1) / 23, f"{edge['anchor']} → {edge['companion']}", fontsize=8, transform=axis.transAxes
-            )
-    return figure
-
-
 def intervals(
     table: pd.DataFrame,
     value: str = "value",
@@ -109,8 +51,12 @@ def intervals(
     title: str = "",
     xlabel: str = "",
     zero: bool = False,
+    marks: dict[str, float] | None = None,
 ) -> Figure:
-    """Points with their 95 % intervals (columns value, lo, hi, label), one line each; colours by ``group``."""
+    """Points with their 95 % intervals (columns value, lo, hi, label), one line each; colours by ``group``.
+
+    ``marks``: name -> value of dotted lines, e.g. chance.
+    """
     groups = _in_order(table[group]) if group else [None]
     names = _in_order(table[label])
     figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.34 * len(names) * max(1, 0.7 * len(groups))))
@@ -125,7 +71,9 @@ def intervals(
     axis.set(title=title, xlabel=xlabel)
     if zero:
         axis.axvline(0, color="0.4", lw=1, ls="--")
-    if group:
+    for name, at in (marks or {}).items():
+        axis.axvline(at, color="0.4", lw=1.2, ls=":", label=name)
+    if group or marks:
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
 
@@ -136,21 +84,17 @@ def _in_order(values: pd.Series) -> list[str]:
     return sorted(found, key=list(METHODS).index) if set(found) <= set(METHODS) else found
 
 
-def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str) -> Figure:
-    """Mean score of each locator over the layers with a 95 % band, each scaled to its own largest value."""
-    names = list(dict.fromkeys(scores["locator"]))
-    figure, axes = plt.subplots(1, len(names), figsize=(3.1 * len(names), 3.0), squeeze=False, sharey=True)
-    for axis, name in zip(axes.flat, names):
-        part = scores[scores["locator"] == name].assign(
-            score=lambda t: t["score"] / t.groupby("layer")["score"].mean().max()
-        )
-        sns.lineplot(
-            part, x="layer", y="score", errorbar=("ci", 95), n_boot=500, seed=0, marker="o", ax=axis, color="#0072B2"
-        )
-        axis.set(title=name, xlabel="layer", ylabel="score / largest mean")
-        axis.set_xticks(sorted(part["layer"].unique()))
-    for layer in chosen:
-        axes.flat[0].axvline(layer, color="#D55E00", ls="--", lw=1)
+def panels(n: int, columns: int, width: float, height: float, **options) -> tuple[Figure, list]:
+    """``n`` axes in rows of at most ``columns``; what is left over is empty."""
+    columns = min(columns, n)
+    rows = -(-n // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False, **options)
+    for axis in axes.flat[n:]:
+        axis.axis("off")
+    return figure, list(axes.flat[:n])
+
+
+def headed(figure: Figure, title: str) -> Figure:
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
     return figure
 
@@ -175,18 +119,6 @@ def curves(
         if hue:
             axis.legend(frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-    return figure
-
-
-def training(tower: pd.DataFrame, decoder: pd.DataFrame) -> Figure:
-    """Training logs: the tower's patch accuracy, and each decoder's loss (columns step, loss, model)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3))
-    left.plot(tower["step"], tower["patch_accuracy"], color="#0072B2")
-    left.set(title="The tower learns to see", xlabel="step", ylabel="accuracy on object patches", ylim=(0, 1))
-    for (name, part), dash in zip(decoder.groupby("model", sort=False), ("-", "--")):
-        right.plot(part["step"], part["loss"], dash, label=name, color="#D55E00" if name == "natural" else "#0072B2")
-    right.set(title="The decoders learn to write", xlabel="step", ylabel="loss in nats a token")
-    right.legend(frameon=False)
     return figure
 
 
@@ -222,18 +154,6 @@ def frontier_plane(frontier: pd.DataFrame, points: pd.DataFrame, title: str) -> 
 def stack(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Tables with a column ``label``, one below the other, as ``intervals`` wants them."""
     return pd.concat(parts, ignore_index=True)
-
-
-def head_maps(maps: dict[str, np.ndarray], title: str) -> Figure:
-    """Heat maps of layers (rows) by heads (columns), one a value, each with its own scale and its values written in."""
-    figure, axes = plt.subplots(1, len(maps), figsize=(4.6 * len(maps), 3.4), squeeze=False)
-    for axis, (label, values) in zip(axes.flat, maps.items()):
-        small = values.size <= 80
-        sns.heatmap(values, cmap="cividis", annot=small, fmt=".2f", annot_kws={"size": 7}, ax=axis, cbar=not small)
-        axis.set(xlabel="head", ylabel="layer")
-        axis.set_title(label, fontweight="normal", fontsize=10)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold", fontsize=11)
-    return figure
 
 
 def widths(table: pd.DataFrame, title: str) -> Figure:

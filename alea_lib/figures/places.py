@@ -1,0 +1,86 @@
+"""Layers and heads: curves, heat maps, and locators against the truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from .common import headed, panels
+
+
+def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str, columns: int = 4) -> Figure:
+    """Mean score of each locator over the layers with a 95 % band, each scaled to its own largest absolute mean."""
+    names = list(dict.fromkeys(scores["locator"]))
+    figure, axes = panels(len(names), columns, 2.7, 2.2, sharex=True)
+    for axis, name in zip(axes, names):
+        part = scores[scores["locator"] == name]
+        largest = part.groupby("layer")["score"].mean().abs().max() or 1
+        part = part.assign(score=part["score"] / largest)
+        sns.lineplot(
+            part, x="layer", y="score", errorbar=("ci", 95), n_boot=300, seed=0, marker="o", ax=axis, color="#0072B2"
+        )
+        axis.set(xlabel="layer", ylabel="")
+        axis.set_title(name, fontsize=10)
+        axis.set_xticks(sorted(part["layer"].unique()))
+    for layer in chosen:
+        axes[0].axvline(layer, color="#D55E00", ls="--", lw=1)
+    return headed(figure, title)
+
+
+def head_maps(maps: dict[str, np.ndarray], title: str, columns: int = 2) -> Figure:
+    """Heat maps of layers (rows) by heads (columns), one a value, each with its own scale and its values written in."""
+    size = 4.6 if columns < 3 else 3.1
+    figure, axes = panels(len(maps), columns, size, 0.75 * size)
+    for axis, (label, values) in zip(axes, maps.items()):
+        small = values.size <= 80 and columns < 3
+        sns.heatmap(values, cmap="cividis", annot=small, fmt=".2f", annot_kws={"size": 7}, ax=axis, cbar=not small)
+        axis.set(xlabel="head", ylabel="layer")
+        axis.set_title(label, fontweight="normal", fontsize=10)
+    return headed(figure, title)
+
+
+def agreement_map(taus: pd.DataFrame, title: str) -> Figure:
+    """Kendall's tau between locators, rows and columns put in the order of a clustering, values written in."""
+    grid = sns.clustermap(
+        taus.fillna(0.0), cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".1f", annot_kws={"size": 7},
+        figsize=(0.5 * len(taus) + 2, 0.5 * len(taus) + 1.6), dendrogram_ratio=0.08, cbar_pos=None,
+    )  # fmt: skip
+    grid.ax_heatmap.set(xlabel="", ylabel="")
+    grid.ax_heatmap.tick_params(labelsize=8)
+    grid.figure.suptitle(title, x=0.01, y=1.02, ha="left", fontweight="bold", fontsize=11)
+    return grid.figure
+
+
+def confusion(named: pd.DataFrame, locators: Sequence[str], title: str) -> Figure:
+    """For each locator: share of the models with an implant in a layer (row) for which it names a layer (column)."""
+    layers = sorted({*named["true"], *named["named"]})
+    shown = [name for name in locators if (named["locator"] == name).any()]
+    figure, axes = panels(len(shown), 3, 3.1, 2.7)
+    for axis, name in zip(axes, shown):
+        mine = named[named["locator"] == name]
+        table = mine.pivot_table(index="true", columns="named", values="share", aggfunc="sum")
+        table = table.reindex(index=layers, columns=layers).fillna(0.0)
+        table = table.div(table.sum(axis=1).where(lambda n: n > 0, 1), axis=0)
+        options = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}, "cbar": False}
+        sns.heatmap(table, cmap="cividis", vmin=0, vmax=1, ax=axis, **options)
+        axis.set(xlabel="named", ylabel="implanted")
+        axis.set_title(name, fontsize=10)
+    return headed(figure, title)
+
+
+def cost_quality(table: pd.DataFrame, cost: str, quality: str, title: str, xlabel: str, ylabel: str) -> Figure:
+    """Locators as labelled points (columns locator, target, cost, quality): cheap is left (logarithmic), good is up."""
+    figure, axes = plt.subplots(1, table["target"].nunique(), figsize=(10, 4), squeeze=False, sharey=True)
+    for axis, (target, part) in zip(axes.flat, table.groupby("target", sort=False)):
+        axis.scatter(part[cost], part[quality], color="#0072B2", zorder=3)
+        for row in part.itertuples(index=False):
+            at = (getattr(row, cost), getattr(row, quality))
+            axis.annotate(row.locator, at, xytext=(4, 3), textcoords="offset points", fontsize=8)
+        axis.set(xscale="symlog", xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.08))
+        axis.set_title(f"{target} locators", fontsize=10)
+    return headed(figure, title)
