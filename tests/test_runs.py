@@ -24,7 +24,7 @@ from alea_lib.runs import (
     settings,
 )
 from alea_lib.runs.__main__ import assignments, main
-from alea_lib.runs.collect import collect
+from alea_lib.runs.collect import collect, publish
 from alea_lib.runs.execute import brief, execute, guard, hide_injected
 from alea_lib.runs.imports import dependencies, parameters
 from alea_lib.runs.places import read_yaml
@@ -386,6 +386,28 @@ def test_collect_names_the_run_that_is_missing(repository):
     finished().finish()
     with pytest.raises(MissingStage, match="make run NB=02_edit VARIANT=weak PROFILE=toy"):
         collect("toy")
+
+
+def test_collect_joins_what_locators_found_with_the_run_it_comes_from(repository):
+    jobs = [("03_measure", name) for name in ("base", "weak", "strong")]
+    measured(repository, jobs)
+    out = collect("toy")
+    assert (out / "localisation.csv").read_text() == "run_id\n"  # no stage tried locators
+    folder = run_dir("toy", "02_edit", "weak")
+    (folder / "localisation.csv").write_text("locator,rank,seconds\nablation,1,0.5\nrandom,3.5,\n")
+    collect("toy")
+    found = pd.read_csv(out / "localisation.csv")
+    assert list(found) == ["run_id", "locator", "rank", "seconds"] and found["rank"].tolist() == [1, 3.5]
+    assert set(found["run_id"]) == {read_record(folder)["run_id"]}
+
+
+def test_published_tables_are_the_joined_ones(repository):
+    with pytest.raises(MissingStage, match="make study PROFILE=toy"):
+        publish("toy")
+    measured(repository, [("03_measure", name) for name in ("base", "weak", "strong")])
+    out, target = collect("toy"), publish("toy")
+    assert target == repository / "data" / "results" / "toy"
+    assert {p.name: p.read_bytes() for p in out.glob("*")} == {p.name: p.read_bytes() for p in target.glob("*")}
 
 
 # ---- what is stale

@@ -19,7 +19,7 @@ from alea_lib.runs import places
 from alea_lib.runs.places import MissingStage, RunError
 
 # Files that hold times or names of runs may differ between equal runs: recorded, but no part of a run's id.
-UNSTABLE = ("run.json", "*.ipynb", "scores.csv", "notes.csv", "timing*", "*.log", "checkpoint*")
+UNSTABLE = ("run.json", "*.ipynb", "scores.csv", "notes.csv", "localisation.csv", "timing*", "*.log", "checkpoint*")
 
 
 def sha256(path: Path) -> str:
