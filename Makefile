@@ -20,7 +20,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: help install study test model card book run publish clean
+.PHONY: help install study test model implants card book run publish clean
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
@@ -29,6 +29,7 @@ help:
 	@echo "make book                the book again, from finished runs"
 	@echo "make model SEED=0        train the small models (long)"
 	@echo "make publish PROFILE=thorough   run a profile (hours) and copy its tables to data/results"
+	@echo "make implants            train the implants of the small clean model: ground truth for locating (long)"
 	@echo "make card                put the figures of the finished study on the model cards"
 	@echo "make clean               remove runs and the built book; models and .venv stay"
 	@echo "Everywhere: PROFILE=scenes|smoke|...  JOBS=2  PYTHON=python3.12"
@@ -65,6 +66,9 @@ test: $(STAMP)
 
 model: $(STAMP)
 	$(PY) -m alea_lib.zoo --seed $(SEED)
+
+implants: $(STAMP)
+	$(PY) -m alea_lib.zoo --part implants
 
 card: $(STAMP)
 	$(PY) -m alea_lib.zoo --part card

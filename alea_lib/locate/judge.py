@@ -65,20 +65,16 @@ def _place(place, columns: list[str]) -> tuple:
 def _judged(score: pd.Series, true: np.ndarray) -> dict:
     score = score.to_numpy(float)
     best = score[true].max()
-    above, level = int((score > best).sum()), score == best
-    rank = above + (int(level.sum()) + 1) / 2 if true[level].sum() == 1 else _best_of_ties(above, level, true)
+    above, level = int((score > best).sum()), int((score == best).sum())
+    among = int((true & (score == best)).sum())
+    rank = above + (level + 1) / (among + 1)  # where the first of them comes when equal scores are in random order
     return {
         "rank": rank,
-        "hit@1": _hit(above, int(level.sum()), int(true[level].sum()), 1),
-        "hit@2": _hit(above, int(level.sum()), int(true[level].sum()), 2),
+        "hit@1": _hit(above, level, among, 1),
+        "hit@2": _hit(above, level, among, 2),
         "mrr": 1 / rank,
         "recall@2": _recall(score, true, 2) if true.sum() > 1 else float("nan"),
     }
-
-
-def _best_of_ties(above: int, level: np.ndarray, true: np.ndarray) -> float:
-    """Expected place of the first of k true ones among n equal scores in random order: (n + 1) / (k + 1)."""
-    return above + (int(level.sum()) + 1) / (int(true[level].sum()) + 1)
 
 
 def _hit(above: int, level: int, true: int, k: int) -> float:

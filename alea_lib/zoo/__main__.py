@@ -19,14 +19,13 @@ from ..runs import root, run_dir
 from .card import write_measured
 
 DETECTOR_SEED = 7
+PARTS = ("all", "tower", "detector", "features", "natural", "clean", "ship")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m alea_lib.zoo", description=__doc__.splitlines()[0])
     parser.add_argument("--seed", type=int, default=0, help="base seed: tower, initialisation and order of the data")
-    parser.add_argument(
-        "--part", choices=["all", "tower", "detector", "features", "natural", "clean", "ship", "card"], default="all"
-    )
+    parser.add_argument("--part", choices=[*PARTS, "card", "implants"], default="all")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="share of the training steps (1.0 = the shipped models)"
     )
@@ -36,6 +35,8 @@ def main() -> None:
     out = a.out or root() / "data" / "models"
     if a.part == "card":
         return write_measured(run_dir("scenes", "01_models"), out)
+    if a.part == "implants":
+        return _implants(out)
     if a.part != "all":
         return _part(a.part, a.seed, a.scale, folder, out)
     started = time.time()
@@ -44,6 +45,18 @@ def main() -> None:
     _together(a, ["natural", "clean"])
     _together(a, ["ship"])
     print(f"make model: finished in {(time.time() - started) / 60:.0f} minutes; models in {out}")
+
+
+def _implants(out: Path) -> None:
+    """Train, measure and ship every implant of the clean model; finished ones are never made twice."""
+    import torch
+
+    from .ship import make
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    made = make(root() / "data" / "runs" / "zoo" / "implants", out)
+    print(f"make implants: {len(made)} implanted models in {out}")
 
 
 def _together(a: argparse.Namespace, parts: list[str]) -> None:
