@@ -83,8 +83,6 @@ _EXPORTS = {
     "named_places": "locate.compare",
     "league": "locate.compare",
     "localisation_finding": "locate.compare",
-    "implants": "zoo.implanted",
-    "implanted": "zoo.implanted",
     "edit_benefit": "locate.benefit",
     "knockout_benefit": "locate.benefit",
     "kendall": "locate.judge",
