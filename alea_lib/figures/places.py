@@ -45,15 +45,22 @@ def head_maps(maps: dict[str, np.ndarray], title: str, columns: int = 2) -> Figu
 
 
 def agreement_map(taus: pd.DataFrame, title: str) -> Figure:
-    """Kendall's tau between locators, rows and columns put in the order of a clustering, values written in."""
-    grid = sns.clustermap(
-        taus.fillna(0.0), cmap="vlag", vmin=-1, vmax=1, annot=True, fmt=".1f", annot_kws={"size": 7},
-        figsize=(0.5 * len(taus) + 2, 0.5 * len(taus) + 1.6), dendrogram_ratio=0.08, cbar_pos=None,
-    )  # fmt: skip
-    grid.ax_heatmap.set(xlabel="", ylabel="")
-    grid.ax_heatmap.tick_params(labelsize=8)
-    grid.figure.suptitle(title, x=0.01, y=1.02, ha="left", fontweight="bold", fontsize=11)
-    return grid.figure
+    """Kendall's tau between locators, values written in; those that agree stand side by side.
+
+    The order is that of the angles between the first two eigenvectors (Friendly 2002), cut at the widest gap.
+    """
+    table = taus.fillna(0.0)
+    vectors = np.linalg.eigh(table.to_numpy())[1][:, -2:]
+    angles = np.arctan2(vectors[:, 0], vectors[:, 1])
+    order = np.argsort(angles, kind="stable")
+    gaps = np.diff(np.append(angles[order], angles[order[0]] + 2 * np.pi))
+    order = np.roll(order, -int(gaps.argmax()) - 1)
+    figure, axis = plt.subplots(figsize=(0.5 * len(table) + 2, 0.45 * len(table) + 1.4))
+    options = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}, "cbar": False}
+    sns.heatmap(table.iloc[order, order], cmap="vlag", vmin=-1, vmax=1, ax=axis, **options)
+    axis.set(xlabel="", ylabel="")
+    axis.tick_params(labelsize=8)
+    return headed(figure, title)
 
 
 def confusion(named: pd.DataFrame, locators: Sequence[str], title: str) -> Figure:
