@@ -70,6 +70,16 @@ def test_a_trial_of_layers(tiny, seen, scene, subjects, bits):
     assert set(found.scores.columns) == {"model", "locator", "layer", "score"}
 
 
+def test_resamples_differ_from_the_pairs_as_they_are():
+    """Two pairs that disagree: drawn anew, either may have the say, so the truth's rank varies over resamples."""
+    pairs = [(0, [5.0, 1.0]), (1, [0.0, 2.0])]
+    rows = [("a", pair, layer, v) for pair, scores in pairs for layer, v in enumerate(scores)]
+    scores = pd.DataFrame(rows, columns=["locator", "pair", "layer", "score"])
+    keys = {"model": "m", "strength": "strong", "n_pairs": 2}
+    found = pd.concat(trial._resampled(scores, [0], TrialSettings(resamples=20), keys, 0))
+    assert set(found["rank"]) == {1.0, 2.0} and found["seed"].tolist() == list(range(1, 21))
+
+
 def test_the_random_control_is_drawn_anew_for_each_model(tiny, seen, scene, subjects):
     split, truth = scene
     settings = TrialSettings(locators=("random",), n_images=6, n_pairs=2, resamples=0)
