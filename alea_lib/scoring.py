@@ -173,7 +173,8 @@ def _difference(items: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
     shared = items.merge(theirs[["image_id", "metric"]], on=["image_id", "metric"])
     if shared.empty:
         return summarise(items)[:0]
-    change = paired_difference(shared, theirs.merge(shared[["image_id", "metric"]], on=["image_id", "metric"]))
+    other = theirs.merge(shared[["image_id", "metric"]], on=["image_id", "metric"])
+    change = paired_difference(shared, other)
     return change.assign(metric=change["metric"] + DIFFERENCE)
 
 
