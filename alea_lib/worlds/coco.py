@@ -193,7 +193,7 @@ def read_splits(catalogue: Catalogue, edition: str, lock: Lock) -> dict[str, lis
     kept = _read_json(path)
     if json.dumps({k: kept.get(k) for k in facts}) != json.dumps(facts):  # the order of the sizes counts
         everything = set().union(*asked.values())
-        made = make_splits(_read_json(lock.folder / instances), everything, catalogue.seed, catalogue.sizes)
+        made = make_splits(_read_source(lock.folder / instances), everything, catalogue.seed, catalogue.sizes)
         rows = {n: {"n": len(ids), "sha256": ids_sha256(ids), "ids": ids} for n, ids in made.items()}
         kept = facts | {"splits": rows}
         _write_json(path, kept)
@@ -238,9 +238,10 @@ def build_world(catalogue: Catalogue, edition: str, splits: dict[str, list[int]]
 
 
 def _write_annotations(catalogue: Catalogue, splits: dict[str, list[int]], folder: Path) -> None:
+    images = {}
     for place, kind in zip(catalogue.members(), ("instances", "captions")):
-        data = _read_json(folder / place)
-        images, by_image = {image["id"]: image for image in data["images"]}, defaultdict(list)
+        data, by_image = _read_source(folder / place), defaultdict(list)
+        images = images or {image["id"]: image for image in data["images"]}
         for annotation in data["annotations"]:
             annotation.pop("segmentation", None)  # outlines, nine tenths of the file: nothing here reads them
             by_image[annotation["image_id"]].append(annotation)
@@ -273,6 +274,13 @@ def check_coco(folder: Path | str, catalogue: Catalogue | None = None) -> tuple[
         if not whole:
             faults.append(f"split {name}: not the images it was made of")
     return len(lock.entries), faults
+
+
+def _read_source(path: Path) -> dict:
+    data = _read_json(path)
+    if not isinstance(data, dict) or not {"images", "annotations"} <= set(data):
+        raise DataError(f"{path}: not a whole annotations file of COCO; delete it and fetch again")
+    return data
 
 
 def _read_json(path: Path) -> dict:
