@@ -170,7 +170,8 @@ class World:
         self.folder = Path(folder)
         if not (self.folder / "world.json").is_file():
             raise FileNotFoundError(
-                f"{self.folder} is no world: world.json is missing; make it with 'make run NB=01_world'"
+                f"{self.folder} is no world: world.json is missing; make it with 'make run NB=01_world', or the coco"
+                " world with 'python -m alea_lib.worlds fetch coco'"
             )
 
     @cached_property
@@ -185,10 +186,11 @@ class World:
                 f"world {self.info['name']!r} has no split {name!r}; there are {sorted(self.info['sizes'])}"
             )
         images = sorted(json.loads(instances.read_text())["images"], key=lambda r: r["id"])
+        pictures = self.folder / "images" / self.info.get("images", {}).get(name, name)  # splits may share a folder
         return Split(
             name,
             [r["id"] for r in images],
-            [self.folder / "images" / name / r["file_name"] for r in images],
+            [pictures / r["file_name"] for r in images],
             instances,
             self.folder / "annotations" / f"captions_{name}.json",
         )
