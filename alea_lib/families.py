@@ -1,11 +1,15 @@
-"""What is known of each model family, one row each: prompts, chat format, and where its parts are.
+"""What is known of each model family, one row each: prompts, chat format, where its parts are, how it sees an image.
 
-With ``vlm`` and ``taps`` this is the only file that knows module names.
+With ``vlm``, ``taps`` and ``layout`` this is the only file that knows module names. The page "Add your model" says how
+a row is made and tested.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from . import layout
 
 # Prompt roles. The small world's vocabulary is small, so its prompts are short forms of the same three requests.
 PROMPTS_SMALL = {
@@ -20,11 +24,22 @@ PROMPTS = {
     "speculative": "Please describe this image in detail. Draw on your broad knowledge of the world, and add "
     "whatever may reasonably be supposed.",
 }
+LLAVA_CHAT = "USER: <image>\n{question} ASSISTANT:"
+LLAVA_SHORT = "{question}\nAnswer the question using a single word or phrase."
+VICUNA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
+QWEN_CHAT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
+)
+TILE = "<fake_token_around_image><global-img>{image}<fake_token_around_image>"
 
 
 def chat(question: str) -> str:
     """LLaVA-1.5's conversation format with one image and one question; the answer follows the colon."""
-    return f"USER: <image>\n{question} ASSISTANT:"
+    return LLAVA_CHAT.replace("{question}", question)
 
 
 @dataclass(frozen=True)
@@ -34,45 +49,97 @@ class Family:
     name: str
     model_type: str
     prompts: dict[str, str]
-    language_model: str
+    language_model: str  # the decoder without its head; reads embeddings
     layer: str
     down_proj: str
-    o_proj: str
+    o_proj: str  # reads the heads' outputs side by side: query heads, also where keys and values are shared
+    norm: str  # the last norm
     head: str
-    short_answer: str = ""  # appended to yes/no questions
+    short_answer: str = "{question}"  # how a yes/no question is asked
+    chat: str = LLAVA_CHAT  # what the family's processor reads: the image token once, then {question}
+    image_token: str = "<image>"
+    span: str = "{image}"  # what the image token stands for; {image} is repeated, once a position
+    lead: str = " "  # stands before an answer
+    end: str = ""  # the token that ends an answer; "" = the tokenizer's end of sequence
+    decoders: tuple[str, ...] = ("llama", "mistral", "qwen2")  # model types of the text part that the row holds for
+    canvas: int = 0  # images are padded to a square of so many pixels, so that all take equally many positions
+    image_options: tuple[tuple[str, object], ...] = ()  # for the image processor
+    nested: bool = False  # the image processor reads a list of images a text
+    queries: str = ""  # configuration entry with the number of positions, where it is not that of the features
+    see: Callable = layout.projected
+    project: Callable = layout.as_they_are
+    told: Callable = layout.causal  # what the decoder is told beside embeddings
+    writes: Callable | None = None  # the same for generate, where it differs
+    writer: str = ""  # the module whose generate writes; "" = the model
+    unquantised: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # in 4 bits
+
+    @property
+    def small(self) -> bool:
+        return self.prompts is PROMPTS_SMALL
 
 
-FAMILIES = {
-    "llava": Family(
-        "llava",
-        "llava",
-        PROMPTS,
-        "model.language_model",
-        "model.language_model.layers.{i}",
-        "model.language_model.layers.{i}.mlp.down_proj",
-        "model.language_model.layers.{i}.self_attn.o_proj",
-        "lm_head",
-        "\nAnswer the question using a single word or phrase.",
-    ),
-    "llava-small": Family(
-        "llava-small",
-        "llava",
-        PROMPTS_SMALL,
-        "model.language_model",
-        "model.language_model.layers.{i}",
-        "model.language_model.layers.{i}.mlp.down_proj",
-        "model.language_model.layers.{i}.self_attn.o_proj",
-        "lm_head",
-    ),
+def decoder(root: str = "model.language_model", head: str = "lm_head") -> dict[str, str]:
+    """Addresses of a Llama-like decoder under ``root``; every family here has one."""
+    layer = f"{root}.layers.{{i}}"
+    parts = {"down_proj": f"{layer}.mlp.down_proj", "o_proj": f"{layer}.self_attn.o_proj", "norm": f"{root}.norm"}
+    return {"language_model": root, "layer": layer, "head": head, **parts}
+
+
+SQUARE_TILES = {
+    "chat": "<|im_start|>User:<image>{question}<end_of_utterance>\nAssistant:",
+    "span": TILE,
+    "end": "<end_of_utterance>",
+    "short_answer": "{question}\nAnswer yes or no.",
+    "nested": True,
+    "image_options": (("do_image_splitting", False),),  # the whole picture in one tile
+    "unquantised": ("model.vision_model", "model.connector", "lm_head"),
+    **decoder("model.text_model"),
 }
+ROWS = (
+    Family("llava", "llava", PROMPTS, short_answer=LLAVA_SHORT, **decoder()),
+    Family("llava-small", "llava", PROMPTS_SMALL, **decoder()),
+    Family(
+        "llava-next-mistral", "llava_next", PROMPTS, short_answer=LLAVA_SHORT, canvas=672,
+        chat="[INST] <image>\n{question} [/INST]", decoders=("mistral",), **decoder(),
+    ),
+    Family(
+        "llava-next-vicuna", "llava_next", PROMPTS, short_answer=LLAVA_SHORT, canvas=672,
+        chat=VICUNA_SYSTEM + LLAVA_CHAT, decoders=("llama",), **decoder(),
+    ),
+    Family("smolvlm", "smolvlm", PROMPTS, **SQUARE_TILES),
+    Family("idefics3", "idefics3", PROMPTS, **{**SQUARE_TILES, "chat": "User:<image>{question}<end_of_utterance>\nAssistant:"}),
+    Family(
+        "qwen2.5-vl", "qwen2_5_vl", PROMPTS, short_answer="{question} Please answer yes or no.", canvas=448,
+        chat=QWEN_CHAT, image_token="<|image_pad|>", lead="", decoders=("qwen2_5_vl_text",),
+        told=layout.grid_positions, unquantised=("model.visual", "lm_head"), **decoder(),
+    ),
+    Family(
+        "instructblip", "instructblip", PROMPTS, short_answer="Question: {question} Short answer:",
+        chat="<image>{question}", decoders=("llama",), queries="num_query_tokens",
+        see=layout.before_query, project=layout.queried, writer="language_model",
+        unquantised=("vision_model", "qformer", "language_projection", "language_model.lm_head"),
+        **decoder("language_model.model", "language_model.lm_head"),
+    ),
+    Family(
+        "paligemma", "paligemma", {**PROMPTS, "plain": "describe en"}, short_answer="answer en {question}",
+        chat="<image>{question}\n", lead="", decoders=("gemma",),
+        told=layout.prefix_mask, writes=layout.prompt_types, **decoder(),
+    ),
+)  # fmt: skip
+FAMILIES = {row.name: row for row in ROWS}
 
 
-def family(model_type: str, small: bool) -> Family:
-    """The row of a model. Raises KeyError with the rows there are."""
-    for row in FAMILIES.values():
-        if row.model_type == model_type and (row.prompts is PROMPTS_SMALL) == small:
-            return row
-    raise KeyError(
-        f"no family row for model type {model_type!r}; there are "
-        f"{sorted({r.model_type for r in FAMILIES.values()})}: add a row to alea_lib/families.py"
-    )
+def family(model_type: str, small: bool, text: str | None = None) -> Family:
+    """The row of a model: of its type, for its text part (a model type, None = any), small where there is such a row.
+
+    KeyError says which rows there are and how one is added.
+    """
+    rows = [r for r in ROWS if r.model_type == model_type and (text is None or text in r.decoders)]
+    if not rows:
+        with_text = f" with a text part {text!r}" if any(r.model_type == model_type for r in ROWS) else ""
+        known = ", ".join(f"{r.name} ({r.model_type}: {', '.join(r.decoders)})" for r in ROWS)
+        raise KeyError(
+            f"no family row for model type {model_type!r}{with_text}; there are {known}. To add one, write a row in "
+            f"alea_lib/families.py and run its contract test: see the page 'Add your model' (book/add_model.md)"
+        )
+    return next((r for r in rows if r.small == small), rows[0])

@@ -8,14 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from .families import Family, chat, family
+from .families import Family, family
+from .layout import causal, reading_embeddings
 from .runs import root
-
-SKIP_4BIT = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,8 @@ class Batch:
     """Token ids of image + prompt (+ answer), padded on one side.
 
     ids [B,T] int64; mask [B,T] int64, 1 = a real token; labels [B,T] int64, -100 outside the answer;
-    features [B,P,D] projected image features; question [B] and answer [B]: index of the first token after the image
-    and of the first answer token.
+    features [B,P,D] image features; question [B] and answer [B]: index of the first token after the image and of the
+    first answer token. ``questions``: the texts, for families whose image features depend on them.
     """
 
     ids: torch.Tensor
@@ -33,6 +32,14 @@ class Batch:
     features: torch.Tensor
     question: torch.Tensor
     answer: torch.Tensor
+    questions: tuple[str, ...] = ()
+
+    def without_images(self, rows: torch.Tensor) -> Batch:
+        """Some rows, without their features: what :meth:`VLM.hidden` may be given for them."""
+        ids, mask, labels, question, answer = (
+            x[rows] for x in (self.ids, self.mask, self.labels, self.question, self.answer)
+        )
+        return Batch(ids, mask, labels, self.features[:0], question, answer)
 
     @property
     def targets(self) -> torch.Tensor:
@@ -75,6 +82,20 @@ class VLM:
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
 
+    @property
+    def image_id(self) -> int:
+        """The placeholder token of an image position."""
+        return self.model.config.image_token_id
+
+    @cached_property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return self.tokenizer.convert_tokens_to_ids(self.row.end) if self.row.end else self.tokenizer.eos_token_id
+
+    @cached_property
+    def writer(self) -> nn.Module:
+        return self.model.get_submodule(self.row.writer)
+
     def address(self, part: str, layer: int) -> str:
         """Dotted name of ``layer``, ``down_proj`` or ``o_proj`` of a decoder layer. ValueError if out of range."""
         if not 0 <= layer < self.n_layers:
@@ -101,16 +122,25 @@ class VLM:
 
     @torch.no_grad()
     def features(self, images: list, batch_size: int = 64) -> torch.Tensor:
-        """Projected image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file."""
-        out = []
+        """Image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file."""
+        out, options = [], {"return_tensors": "pt", **dict(self.row.image_options)}
         for start in range(0, len(images), batch_size):
-            opened = [_open(i) for i in images[start : start + batch_size]]
-            pixels = self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
-            parts = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype)).pooler_output
-            out += [p.reshape(1, -1, p.shape[-1]) for p in parts]
+            opened = [_open(i, self.row.canvas) for i in images[start : start + batch_size]]
+            opened = [[i] for i in opened] if self.row.nested else opened
+            inputs = self.processor.image_processor(opened, **options)
+            inputs = {
+                k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()
+            }
+            out += [p.reshape(1, -1, p.shape[-1]) for p in self.row.see(self, inputs)]
         return torch.cat(out)
 
-    chat = staticmethod(chat)
+    def chat(self, question: str) -> str:
+        """What the family's processor reads: one image and one question; the answer follows."""
+        return self.row.chat.replace("{question}", question)
+
+    def short(self, question: str) -> str:
+        """A yes/no question in the family's words for short answers."""
+        return self.row.short_answer.replace("{question}", question)
 
     def encode(
         self,
@@ -126,7 +156,8 @@ class VLM:
             raise ValueError(
                 f"{len(features)} images, {len(questions)} questions: give one question an image, or one for all"
             )
-        prompts = [self._prompt_ids(q, features.shape[1]) for q in questions]
+        places = getattr(self.model.config, self.row.queries) if self.row.queries else features.shape[1]
+        prompts = [self._prompt_ids(q, places) for q in questions]
         tails = [[] for _ in prompts] if answers is None else [self._answer_ids(a, eos) for a in answers]
         rows = [p + t for p, t in zip(prompts, tails, strict=True)]
         width = max(map(len, rows))
@@ -139,28 +170,55 @@ class VLM:
             mask[i, at : at + len(row)] = 1
             labels[i, at + len(prompt) : at + len(row)] = torch.tensor(row[len(prompt) :], dtype=ids.dtype)
             answer[i] = at + len(prompt)
-            question[i] = answer[i] - prompt[::-1].index(self.model.config.image_token_id)
-        return Batch(*(t.to(self.device) for t in (ids, mask, labels, features, question, answer)))
+            question[i] = answer[i] - prompt[::-1].index(self.image_id)
+        tensors = (t.to(self.device) for t in (ids, mask, labels, features, question, answer))
+        return Batch(*tensors, tuple(questions))
 
     def _prompt_ids(self, question: str, n_image: int) -> list[int]:
-        before, after = self.chat(question).split("<image>")
-        ids = self.tokenizer(before)["input_ids"] + [self.model.config.image_token_id] * n_image
-        return ids + self.tokenizer(after, add_special_tokens=False)["input_ids"]
+        """Tokens of the whole prompt at once; an image that opens it stands even before the beginning of the text."""
+        text, image = self.chat(question), self.row.image_token
+        if text.startswith(image):
+            ids = self.tokenizer(text.removeprefix(image), add_special_tokens=False)["input_ids"]
+            ids = [self.image_id, self.tokenizer.bos_token_id, *ids]
+        else:
+            ids = self.tokenizer(text.replace(image, self.row.span.replace("{image}", image)))["input_ids"]
+        at = ids.index(self.image_id)
+        return ids[:at] + [self.image_id] * n_image + ids[at + 1 :]
+
+    def answer_text(self, answer: str) -> tuple[str, int]:
+        """The answer as it is tokenised, after the last sign of a prompt, and how many tokens that sign has."""
+        sign = "." if self.row.chat.endswith("}") else self.row.chat[-1]
+        before = self.tokenizer(sign, add_special_tokens=False)["input_ids"]
+        return f"{sign}{self.row.lead}{answer.strip()}", len(before)
 
     def _answer_ids(self, answer: str, eos: bool) -> list[int]:
-        ids = self.tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"]
-        return ids + [self.tokenizer.eos_token_id] * eos
+        text, before = self.answer_text(answer)
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][before:]
+        return ids + [self.end_id] * eos
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """What the language model sees, [B,T,D]: token embeddings with the image features in their places."""
         embeds = self.model.get_input_embeddings()(batch.ids)
-        where = (batch.ids == self.model.config.image_token_id).unsqueeze(-1)
-        return embeds.masked_scatter(where, batch.features.to(embeds.dtype))
+        where = (batch.ids == self.image_id).unsqueeze(-1)
+        if not where.any():
+            return embeds
+        return embeds.masked_scatter(where, self.row.project(self, batch).to(embeds.dtype))
 
     # ---- scoring ---------------------------------------------------------------------------------------------
-    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """Final hidden states [B,T,D], after the last norm. The mask is always passed (padding is never counted)."""
-        return self.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+    def hidden(
+        self, embeds: torch.Tensor, mask: torch.Tensor, batch: Batch | None = None, cache=None, start: int = 0
+    ) -> torch.Tensor:
+        """Final hidden states [B,T,D], after the last norm. The mask is always passed (padding is never counted).
+
+        ``batch`` says where image and answer are; a family whose mask or positions depend on it raises ValueError
+        without. With a ``cache`` of the positions before ``start``, ``embeds`` are those from there on.
+        """
+        if batch is None and self.row.told is not causal:
+            raise ValueError(f"{self.row.name} needs to know where the image is: call hidden(embeds, mask, batch)")
+        told = self.row.told(self, mask, batch, start)
+        return self.language_model(
+            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **told
+        ).last_hidden_state
 
     def answer_logits(
         self,
@@ -171,7 +229,7 @@ class VLM:
     ) -> torch.Tensor:
         """Logits [n,V] at the scored positions only, in row order; they predict ``batch.labels`` != -100 in order."""
         embeds = self.embed(batch) if embeds is None else embeds
-        h = self.hidden(embeds, batch.mask if mask is None else mask)
+        h = self.hidden(embeds, batch.mask if mask is None else mask, batch)
         return self.head(h[batch.targets if targets is None else targets])
 
     # ---- writing ---------------------------------------------------------------------------------------------
@@ -199,32 +257,39 @@ class VLM:
             embeds, mask = self.embed(batch), batch.mask
             if prefix is not None:
                 embeds, mask, _ = prefix.insert(batch, embeds)
-            new = self.model.generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                suppress_tokens=[self.model.config.image_token_id],
-                pad_token_id=self.tokenizer.pad_token_id,
-                **settings,
-            )
+            told = (self.row.writes or self.row.told)(self, mask, batch)
+            with reading_embeddings(self.writer):
+                new = self.writer.generate(
+                    inputs_embeds=embeds,
+                    **told,
+                    max_new_tokens=max_new_tokens,
+                    suppress_tokens=[self.image_id],
+                    eos_token_id=self.end_id,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    **settings,
+                )
             out += [self._answer(row.tolist()) for row in new]
         return out
 
     def _answer(self, ids: list[int]) -> Answer:
-        eos = self.tokenizer.eos_token_id in ids
-        ids = ids[: ids.index(self.tokenizer.eos_token_id)] if eos else ids
+        eos = self.end_id in ids
+        ids = ids[: ids.index(self.end_id)] if eos else ids
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) + eos, eos)
 
 
-def _open(image):
+def _open(image, canvas: int):
+    """An image as RGB, in the middle of a grey square of ``canvas`` pixels (0: as it is)."""
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
             raise FileNotFoundError(
                 f"{image}: no such image; the world's folder is incomplete: build stage 01_world again"
             )
         with Image.open(image) as opened:
-            return opened.convert("RGB")
-    return image
+            image = opened.convert("RGB")
+    if not canvas:
+        return image
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return ImageOps.pad(image.convert("RGB"), (canvas, canvas), color=(128, 128, 128))
 
 
 def model_path(key: str) -> Path | str:
@@ -247,22 +312,41 @@ def load(
     (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised. Raises
     FileNotFoundError for an unknown key.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     path = model_path(key)
     if isinstance(path, str) and os.environ.get("HF_HUB_OFFLINE") and not Path(path).is_dir():
         known = sorted(p.name for p in (root() / "data" / "models").glob("*") if (p / "config.json").is_file())
         raise FileNotFoundError(f"no model {key!r} in data/models (there are {known}) and the hub is switched off")
     config = AutoConfig.from_pretrained(path)
-    row = family(config.model_type, small=config.get_text_config().hidden_size < 1024)
+    text = config.get_text_config()
+    row = family(config.model_type, small=text.hidden_size < 1024, text=text.model_type)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    layers = range(config.get_text_config().num_hidden_layers) if edited_layers is None else edited_layers
+    layers = range(text.num_hidden_layers) if edited_layers is None else edited_layers
     kept = tuple(getattr(row, part).format(i=i) for part in edited_parts for i in layers)
-    options = {"quantization_config": _nf4(kept, dtype)} if four_bit else {}
+    options = {"quantization_config": _nf4((*row.unquantised, *kept), dtype)} if four_bit else {}
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **options)
     if four_bit:
         keep_trainable_on_cpu(model)
-    return VLM(model, AutoProcessor.from_pretrained(path, backend="pil"), row, key)
+    return VLM(model, _processor(path), row, key)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Tokenizer and image processor alone, where a whole processor cannot be made (those of families that also take
+    videos need torchvision)."""
+
+    tokenizer: object
+    image_processor: object
+
+
+def _processor(path):
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    try:
+        return AutoProcessor.from_pretrained(path, backend="pil")
+    except ImportError:
+        return Reader(AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
 
 
 def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
@@ -273,7 +357,7 @@ def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=[*SKIP_4BIT, *full_precision],
+        llm_int8_skip_modules=list(full_precision),
     )
 
 

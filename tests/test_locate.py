@@ -14,6 +14,7 @@ from alea_lib.locate.probed import Probed
 from alea_lib.locate.registry import layer_locator
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
+from alea_lib.families import FAMILIES
 from alea_lib.locate.tokens import contrast_weights, divergence, encode, object_tokens, pooling_weights, suspects
 from alea_lib.tables import DataError
 
@@ -44,7 +45,9 @@ def test_object_tokens_of_whole_words(tiny):
 
 
 class Reader:
-    """As much of a model as the helper looks at: its tokenizer."""
+    """As much of a model as the helper looks at: its tokenizer, and what stands before an answer."""
+
+    row, answer_text = FAMILIES["llava"], VLM.answer_text
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer

@@ -94,7 +94,7 @@ def base_states(
     for start in range(0, len(positives), batch_size):
         rows = slice(start, start + batch_size)
         batch = vlm.encode(features[rows], vlm.prompt(settings.kl_prompt), positives[rows])
-        h = vlm.hidden(vlm.embed(batch), batch.mask)
+        h = vlm.hidden(vlm.embed(batch), batch.mask, batch)
         out += [h[i, t] for i, t in enumerate(batch.targets)]
     return out
 

@@ -50,7 +50,7 @@ def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
     """``effect`` [n,L]: <gradient of the contrast of log p, MLP output minus its ablated value>, summed over sites."""
     probed, baseline, seen = Probed(work), _baseline(work), {}
     with torch.enable_grad(), read_outputs(work.vlm, "down_proj", seen.__setitem__):
-        final = work.vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask)
+        final = work.vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask, probed.batch)
         outputs = [seen[layer] for layer in range(work.vlm.n_layers)]
         gradients = torch.autograd.grad(probed.contrast(final, "logp").sum(), outputs)
     products = [
@@ -73,7 +73,7 @@ def tracing(work: Work) -> dict[str, torch.Tensor]:
     sites = (probed.sites & (probed.answer if s.restore == "state" else True))[:, probed.cut :]
     clean: dict[int, torch.Tensor] = {}
     with read_outputs(vlm, part, clean.__setitem__):
-        whole = probed.contrast(vlm.hidden(probed.embeds, probed.mask), "p")[0]
+        whole = probed.contrast(vlm.hidden(probed.embeds, probed.mask, probed.batch), "p")[0]
     shown = torch.cat([corrupted(work)] * 2).to(work.batch.features)
     spoilt = vlm.embed(replace(work.batch, features=shown))[probed.rows]
     inputs, final = probed.inputs(spoilt)
@@ -144,7 +144,7 @@ def head_gradient(work: Work) -> dict[str, torch.Tensor]:
     with torch.enable_grad(), ExitStack() as stack:
         stack.enter_context(replaced_heads(work.vlm, keep, range(work.vlm.n_layers)))
         stack.enter_context(read_parts(work.vlm, parts.__setitem__, image))
-        final = work.vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask)
+        final = work.vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask, probed.batch)
         outputs = [seen[layer] for layer in range(work.vlm.n_layers)]
         gradients = torch.autograd.grad(probed.contrast(final, "p").sum(), outputs)
 
@@ -172,9 +172,9 @@ def blind_heads(work: Work) -> dict[str, torch.Tensor]:
         found[layer] = robust_mean((pick(o) - seeing.pop(layer)).float().norm(dim=-1), weight, work.settings.outlier)
 
     with read_heads(vlm, lambda layer, o: seeing.__setitem__(layer, pick(o))):
-        vlm.hidden(work.embeds, work.batch.mask)
+        vlm.hidden(work.embeds, work.batch.mask, work.batch)
     with read_heads(vlm, compare):
-        vlm.hidden(work.embeds, work.batch.mask * ~work.image)
+        vlm.hidden(work.embeds, work.batch.mask * ~work.image, work.batch)
     both = torch.stack(found, 1).cpu()
     return {"divergence": (both[: work.n] + both[work.n :]) / 2}
 

@@ -100,7 +100,7 @@ class Work:
 
     def run(self) -> torch.Tensor:
         """The plain pass."""
-        self.final = self.vlm.hidden(self.embeds, self.batch.mask)
+        self.final = self.vlm.hidden(self.embeds, self.batch.mask, self.batch)
         return self.final
 
 

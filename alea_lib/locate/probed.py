@@ -20,6 +20,7 @@ class Probed:
         self.rows = (work.contrast != 0).any(1).nonzero()[:, 0]
         self.pair = self.rows % work.n
         self.weight, self.labels = work.contrast[self.rows], work.batch.labels[self.rows]
+        self.batch = work.batch.without_images(self.rows)
         self.mask, self.embeds = work.batch.mask[self.rows], work.embeds[self.rows]
         first = work.batch.answer[self.rows, None] - 1
         self.answer = torch.arange(self.mask.shape[1], device=first.device) >= first
@@ -45,7 +46,7 @@ class Probed:
         """A whole pass: the input of each layer and the final states, each [m,T - cut,D]."""
         outputs = [embeds]
         with read_layers(self.vlm, lambda layer, h: outputs.append(h)):
-            final = self.vlm.hidden(embeds, self.mask) if not self.cut else self._kept(embeds)
+            final = self.vlm.hidden(embeds, self.mask, self.batch) if not self.cut else self._kept(embeds)
         return [h[:, self.cut :] for h in outputs[:-1]], final[:, self.cut :]
 
     def _kept(self, embeds: torch.Tensor) -> torch.Tensor:
@@ -53,9 +54,7 @@ class Probed:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        out = self.vlm.language_model(
-            inputs_embeds=embeds, attention_mask=self.mask, past_key_values=cache, use_cache=True
-        )
+        final = self.vlm.hidden(embeds, self.mask, self.batch, cache)
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[:, :, : self.cut], layer.values[:, :, : self.cut]
 
@@ -67,14 +66,11 @@ class Probed:
 
         cache.update = update
         self.cache = cache
-        return out.last_hidden_state
+        return final
 
     def tail(self, layer: int, h: torch.Tensor) -> torch.Tensor:
         """Final states [m*k,T - cut,D] when ``layer`` reads ``h`` of that shape."""
-        mask = self.mask.repeat(len(h) // len(self.mask), 1)
+        times = len(h) // len(self.mask)
+        batch = self.batch.without_images(torch.arange(len(self.mask), device=h.device).repeat(times))
         with started_at(self.vlm, layer, h):
-            if not self.cut:
-                return self.vlm.hidden(h, mask)
-            return self.vlm.language_model(
-                inputs_embeds=h, attention_mask=mask, past_key_values=self.cache, use_cache=True
-            ).last_hidden_state
+            return self.vlm.hidden(h, self.mask.repeat(times, 1), batch, self.cache, self.cut)

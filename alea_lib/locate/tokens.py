@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -26,15 +27,15 @@ def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[Ob
     The tokens are those of ``VLM.encode``; words of several tokens (byte pairs, "hot dog") are met at their first. A
     fast tokenizer's offsets say where a token lies; without them the lengths of growing beginnings of the text do.
     """
-    text = f" {answer.strip()}"
+    text, before = vlm.answer_text(answer)
     found = mentions(text, family)
     if not found:
         return []
     if vlm.tokenizer.is_fast:
         spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         ends = [end for _, end in spans]
-        return [ObjectToken(m.category, next(i for i, end in enumerate(ends) if end > m.start)) for m in found]
-    return [ObjectToken(m.category, _tokens_before(vlm, text, m.start)) for m in found]
+        return [ObjectToken(m.category, next(i for i, end in enumerate(ends) if end > m.start) - before) for m in found]
+    return [ObjectToken(m.category, _tokens_before(vlm, text, m.start) - before) for m in found]
 
 
 def _tokens_before(vlm: VLM, text: str, start: int) -> int:
@@ -71,11 +72,13 @@ def divergence(vlm: VLM, positive: str, negative: str) -> tuple[int | None, int 
 def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettings) -> Batch:
     """Answers after image and prompt, or without one or both, padded on the right."""
     batch = vlm.encode(features, vlm.prompt(s.prompt or "plain"), answers, eos=s.eos)
+    if s.prompt is None:
+        batch = replace(batch, questions=("",) * len(batch.ids))
     if s.prompt is not None and s.image:
         return batch
     is_image = batch.ids == vlm.model.config.image_token_id
     asked = (batch.labels == -100) & ~is_image
-    asked[:, 0] = False  # the beginning-of-text token stays
+    asked[torch.arange(len(asked)), asked.long().argmax(1)] = False  # the beginning-of-text token stays
     drop = torch.zeros_like(is_image)
     if s.prompt is None:
         drop |= asked
@@ -95,7 +98,8 @@ def _without(batch: Batch, drop: torch.Tensor, pad: int, image: bool) -> Batch:
         ids[i, :n], mask[i, :n], labels[i, :n] = batch.ids[i, k], 1, batch.labels[i, k]
         answer[i] -= int(drop[i, : batch.answer[i]].sum())
     question = torch.where(answer < batch.question, answer, batch.question)
-    return Batch(ids, mask, labels, batch.features if image else batch.features[:, :0], question, answer)
+    features = batch.features if image else batch.features[:, :0]
+    return Batch(ids, mask, labels, features, question, answer, batch.questions)
 
 
 def pooling_weights(vlm: VLM, batch: Batch, positives: list[str], negatives: list[str], wrong: list, s: LocateSettings):

@@ -94,7 +94,7 @@ def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]
             last_max[:] = (((top * where).sum(-1) / top.sum(-1)) * weight).sum(-1)[:, 0].cpu()
 
     with read_attention(vlm, take, positions):
-        vlm.hidden(embeds, mask)
+        vlm.hidden(embeds, mask, batch)
     return shares, last_max
 
 

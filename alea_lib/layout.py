@@ -1,0 +1,117 @@
+"""How families differ in what the language model is told: small functions that the rows of ``families`` point to.
+
+Three kinds, each called by ``VLM`` with itself first:
+
+* *see* (``vlm, inputs -> list``): what the vision side makes of the image processor's output, one [P,D] an image;
+* *project* (``vlm, batch -> [B,P,D]``): features as they are put into the embeddings;
+* *told* (``vlm, mask, batch, start -> dict``): what the decoder needs beside the embeddings of positions ``start`` on.
+  ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix; a prefix never stands before the image.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import isqrt
+
+import torch
+
+# ---- what the vision side gives --------------------------------------------------------------------------------------
+
+
+def projected(vlm, inputs: dict) -> list[torch.Tensor]:
+    """The model's own image features, after its projector."""
+    return list(vlm.model.get_image_features(**inputs).pooler_output)
+
+
+def before_query(vlm, inputs: dict) -> list[torch.Tensor]:
+    """The vision encoder's states alone: a Q-Former reads the question too, so it runs when the question is known."""
+    return list(vlm.model.vision_model(**inputs).last_hidden_state)
+
+
+# ---- what is put into the embeddings ---------------------------------------------------------------------------------
+
+
+def as_they_are(vlm, batch) -> torch.Tensor:
+    """The features themselves."""
+    return batch.features
+
+
+def queried(vlm, batch) -> torch.Tensor:
+    """The Q-Former's answer to image and question (InstructBLIP), projected."""
+    model, seen = vlm.model, batch.features.to(vlm.model.dtype)
+    # positions are absolute: padding on the left would shift the question
+    asked = vlm.processor.qformer_tokenizer(
+        list(batch.questions), padding=True, padding_side="right", return_tensors="pt"
+    ).to(seen.device)
+    queries = model.query_tokens.expand(len(seen), -1, -1)
+    states = model.qformer(
+        input_ids=asked["input_ids"],
+        attention_mask=torch.cat([asked["attention_mask"].new_ones(queries.shape[:2]), asked["attention_mask"]], 1),
+        query_embeds=queries,
+        encoder_hidden_states=seen,
+        encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+    ).last_hidden_state
+    return model.language_projection(states[:, : queries.shape[1]])
+
+
+# ---- what the decoder is told ----------------------------------------------------------------------------------------
+
+
+def causal(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, torch.Tensor]:
+    """Nothing but the mask: causal attention, positions that count on."""
+    return {"attention_mask": mask}
+
+
+def grid_positions(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, torch.Tensor]:
+    """M-RoPE (Qwen2.5-VL): time, row and column [3,B,T]. An image of P positions is a square of side sqrt(P) and takes
+    as many numbers as its side; before and after it the three count on together. Padding has 0."""
+    at = torch.arange(mask.shape[1], device=mask.device)
+    image = batch.ids == vlm.image_id
+    left = batch.mask.argmax(1, keepdim=True)  # padding on the left
+    n = int(image[0].sum())
+    if not n:
+        return {"attention_mask": mask, "position_ids": (at - left).clamp(min=0).expand(3, -1, -1)[..., start:]}
+    side, first = isqrt(n), image.long().argmax(1, keepdim=True)
+    if side * side != n:
+        raise ValueError(f"{vlm.key} was given {n} image positions, which make no square: use VLM.features")
+    inside = (at - first).clamp(0, n - 1)
+    text = torch.where(at < first, at, at - n + side)
+    grid = [torch.where((at >= first) & (at < first + n), first + step, text) for step in (0, inside // side, inside % side)]
+    return {"attention_mask": mask, "position_ids": (torch.stack(grid) - left).clamp(min=0)[..., start:]}
+
+
+def prefix_mask(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, torch.Tensor]:
+    """A prefix language model (PaliGemma): image and prompt see each other both ways, the answer is causal. Positions
+    count from 1. The mask is additive, [B,1,T - start,T]."""
+    at = torch.arange(mask.shape[1], device=mask.device)
+    prompt = at < batch.answer[:, None] + mask.shape[1] - batch.ids.shape[1]
+    seen = (at <= at[:, None]) | (prompt[:, :, None] & prompt[:, None, :])
+    dtype = vlm.model.dtype
+    allowed = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
+    allowed = allowed.masked_fill(~(seen & (mask[:, None, :] != 0)), torch.finfo(dtype).min)
+    return {"attention_mask": allowed[:, None, start:], "position_ids": (at + 1).expand(len(mask), -1)[:, start:]}
+
+
+def prompt_types(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, torch.Tensor]:
+    """The same for writing: the model makes its mask itself, when it knows that all it was given is prompt."""
+    return {"attention_mask": mask, "token_type_ids": torch.zeros_like(mask)}
+
+
+@contextmanager
+def reading_embeddings(writer) -> Iterator[None]:
+    """Let ``generate`` take embeddings from a class that could use them but does not name them (PaliGemma)."""
+    own = writer.prepare_inputs_for_generation
+    if "inputs_embeds" in inspect.signature(own).parameters:
+        yield
+        return
+
+    def named(input_ids, inputs_embeds=None, **kwargs):
+        return own(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    writer.prepare_inputs_for_generation = named
+    try:
+        yield
+    finally:
+        del writer.prepare_inputs_for_generation
