@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ..edit.delta import Delta, applied, load_delta, save_delta, weight_hash
 from ..measures.chair import chair
 from ..measures.truth import read_truth
-from ..probe import captions
+from ..probe.answers import captions
 from ..stats import summarise
 from ..tables import write_csv
 from ..vlm import load, model_path
