@@ -16,7 +16,6 @@ from alea_lib import vlm as module
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import answer_nll, fit_edit
 from alea_lib.edit.settings import EditSettings
-from alea_lib.families import FAMILIES, family
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
 from alea_lib.prefix import Prefix, PrefixSettings, _adversary_loss, blind_logits, random_prefix

@@ -1,5 +1,7 @@
 """Judging locators on hand-worked scores, and against what chance gives."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -130,14 +132,24 @@ def test_the_random_control_does_as_chance_does(places, truth):
             assert abs(found[metric].mean() - value) < 4 * error + 1e-9, metric
 
 
-def test_the_random_locator_of_the_library_does_too():
-    import torch
+@pytest.mark.parametrize(("target", "places", "truth"), [("layer", 6, 2), ("head", 36, (3, 1))])
+def test_the_random_control_of_the_library_does_too(target, places, truth):
+    """Its hit rates over seeds are those of chance, within four standard errors."""
+    from alea_lib.locate.run import TARGETS as REGISTRY
 
-    from alea_lib.locate.layers import LOCATORS
+    def order(seed):
+        evidence = SimpleNamespace(
+            settings=SimpleNamespace(seed=seed), vlm=SimpleNamespace(n_layers=6, n_heads=6), pairs=[0]
+        )
+        scores = REGISTRY[target]["random"].function(evidence)[0]
+        table = pd.DataFrame({"locator": seed, "layer": np.indices(scores.shape)[0].ravel(), "score": scores.ravel()})
+        return table if target == "layer" else table.assign(head=np.indices(scores.shape)[1].ravel())
 
-    states = torch.zeros(1, 6, 2)
-    found = judge(pd.concat([layers(LOCATORS["random"](states, states, seed)[0], seed) for seed in range(400)]), [2])
-    assert abs(found["hit@1"].mean() - chance(6)["hit@1"]) < 4 * (5 / 36 / 400) ** 0.5
+    found = judge(pd.concat([order(seed) for seed in range(600)]), [truth])
+    for k, metric in ((1, "hit@1"), (2, "hit@2")):
+        p = chance(places)[metric]
+        assert p == pytest.approx(k / places)
+        assert abs(found[metric].mean() - p) < 4 * (p * (1 - p) / len(found)) ** 0.5
 
 
 # ---- many models
