@@ -12,6 +12,7 @@ _EXPORTS = {
     "run_dir": "runs.places",
     "results_dir": "runs.places",
     "make_scenes": "worlds.write",
+    "fetch_coco": "worlds.coco",
     "World": "worlds.write",
     "sample": "worlds.scenes",
     "compose": "worlds.scenes",

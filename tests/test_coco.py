@@ -543,6 +543,20 @@ def test_one_fetch_at_a_time(catalogue, tmp_path):
     fetch_coco(tmp_path / "w", ["pope"], catalogue=catalogue, settings=QUICK)
 
 
+def test_damaged_books_are_told(catalogue, tmp_path):
+    """The lock, and annotations of the right size with nothing in them."""
+    folder = tmp_path / "w"
+    fetch_coco(folder, ["annotations"], catalogue=catalogue, settings=QUICK)
+    source = folder / "source" / "instances_val2014.json"
+    source.write_text("{}".ljust(source.stat().st_size))
+    (folder / "splits.json").unlink()
+    with pytest.raises(DataError, match="instances_val2014.json: not a whole annotations file"):
+        fetch_coco(folder, catalogue=catalogue, settings=QUICK)
+    (folder / "lock.json").write_text('{"a": ')
+    with pytest.raises(FetchError, match="lock.json: not valid JSON .*; delete it"):
+        fetch_coco(folder, catalogue=catalogue, settings=QUICK)
+
+
 # ---- the command
 
 
