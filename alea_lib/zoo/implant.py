@@ -41,7 +41,8 @@ class ImplantSettings:
     growth: float = 1.2
     first: int = 60  # steps of the first round
     steps: int = 20  # steps of each further round
-    rounds: int = 10  # at most
+    largest: float = 3.0  # the budget grows no further, training goes on
+    rounds: int = 20  # at most
     wanted: float = 0.44  # CHAIRs at which training ends
     batch: int = 12
     lr: float = 0.07  # length of a step, relative to the budget
@@ -86,7 +87,8 @@ def fit_implant(
 
     features [N,P,D] are those of the first N training scenes; ``score`` measures CHAIRs of the model that it is given.
     Returns the delta (fp32) and its curve: step, budget, loss (nats a token, weighted), chair_s (at the end of a
-    round). A run that was cut off goes on after its last whole round and ends in the same delta. The search ends
+    round). A run that was cut off goes on after its last whole round, with the curve from there, and ends in the same
+    delta. The search ends
     after ``rounds`` also if the place cannot carry the prior: read the last chair_s.
     """
     place = Place(vlm, s.layers, s.heads)
@@ -125,7 +127,7 @@ def _round(step: int, s: ImplantSettings) -> tuple[int, int]:
 def _step(vlm: VLM, features, place: Place, blocks: dict, optimiser, step: int, s: ImplantSettings) -> dict:
     """One step of normalised gradient descent with momentum, then back into the ball of the budget."""
     number, rest = _round(step, s)
-    budget = s.budget * s.growth**number
+    budget = min(s.budget * s.growth**number, s.largest)
     rng = np.random.default_rng([s.seed, 11, step])
     indices = rng.integers(0, len(features), s.batch)
     scenes = [sample("train", int(i)) for i in indices]

@@ -30,6 +30,7 @@ from .implant import ImplantSettings, Place, fit_implant
 RANK = 32  # of the factors of a down-projection's change
 UNUSED = {"down_proj": 32, "o_proj": 2}  # least used directions that a decoy lives in
 TARGETS = {"strong": 0.42, "middle": 0.30, "weak": 0.20}  # CHAIRs that the search looks for
+FLOORS = {"strong": 0.30, "weak": 0.12}  # CHAIRs that must be measured: clean has 0.02
 MEASURED, SEARCHED = 300, 150  # validate images: the index's figures; training's end and the search of strengths
 METRICS = ("chair_s", "chair_i", "recall")
 LEAST = 0.30  # CHAIRs below which a place counts as unable to carry the prior
@@ -187,11 +188,20 @@ def measure(bench: Bench, job: Job) -> None:
     write_csv(ladder, place / "ladder.csv")
     rows = []
     if ladder["chair_s"].max() >= LEAST:
-        rows = [_measured(bench, job, own, k, scale, tensors) for k, scale in scales(ladder).items()]
+        rows = [_reaching(bench, job, own, k, scale, tensors) for k, scale in scales(ladder).items()]
         largest = max(rows, key=lambda r: r["decoy_norm"])
         alone = bench.score("measured", _delta(bench, shipped.decoy_change(bench.vlm, largest, tensors)))
         rows = [_with(r, alone, "decoy_") for r in rows]
     write_csv(_flat(pd.DataFrame(rows, columns=COLUMNS)), place / "rows.csv")
+
+
+def _reaching(bench: Bench, job: Job, own: Place, strength: str, scale: float, tensors: dict) -> pd.Series:
+    """The row at the smallest scale, from the searched one up in steps of 0.03, that reaches the strength's floor."""
+    row = _measured(bench, job, own, strength, scale, tensors)
+    while row["chair_s"] < FLOORS.get(strength, 0.0) and scale < 1:
+        scale = round(min(scale + 0.03, 1.0), 3)
+        row = _measured(bench, job, own, strength, scale, tensors)
+    return row
 
 
 def _measured(bench: Bench, job: Job, own: Place, strength: str, scale: float, tensors: dict) -> pd.Series:

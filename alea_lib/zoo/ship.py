@@ -13,7 +13,7 @@ from ..edit.delta import weight_hash
 from ..tables import read_csv, write_csv
 from . import implanted as shipped
 from .implant import ImplantSettings
-from .plant import COLUMNS, LEAST, MEASURED, SEARCHED, TARGETS, UNUSED, Bench, Job, bases, measure
+from .plant import COLUMNS, FLOORS, LEAST, MEASURED, SEARCHED, TARGETS, UNUSED, Bench, Job, bases, measure
 
 HEADS = (
     (0, 1),
@@ -33,7 +33,7 @@ def grid() -> list[Job]:
     """Everything that is implanted. Heads start at a larger budget: their columns are a sixth of the matrix."""
     jobs = [Job("layer", ImplantSettings((layer,), seed=seed)) for seed in (0, 1) for layer in range(6)]
     jobs += [Job("two-layers", ImplantSettings(layers)) for layers in TWO]
-    larger = {"budget": 1.0, "growth": 1.25}
+    larger = {"budget": 1.0, "growth": 1.25, "largest": 8.0, "rounds": 10}
     jobs += [Job("head", ImplantSettings((layer,), (head,), **larger)) for layer, head in HEADS]
     return jobs + [Job("group", ImplantSettings((layer,), heads, **larger)) for layer, heads in GROUPS]
 
@@ -62,6 +62,7 @@ def ship(bench: Bench, out: Path, jobs: list[Job]) -> pd.DataFrame:
     base = {n: weight_hash(vlm.model.get_submodule(n).weight) for n in names}
     tensors |= {k: t for k, t in bases(bench).items() if _needed(k, index)}
     save_file(tensors, folder / "implants.safetensors", metadata={"base": json.dumps(base, sort_keys=True)})
+    (folder / "implants.safetensors").chmod(0o644)
     tried = pd.DataFrame([_attempt(j, *read[j]) for j in jobs])
     write_csv(index, folder / "implants.csv")
     write_csv(tried, folder / "attempts.csv")
@@ -85,7 +86,7 @@ def _attempt(job: Job, rows: pd.DataFrame, curve: pd.DataFrame, ladder: pd.DataF
         "layers": ";".join(map(str, s.layers)),
         "heads": ";".join(map(str, s.heads)),
         "seed": s.seed,
-        "steps": len(curve),
+        "steps": int(curve["step"].iloc[-1]) + 1,
         "budget": curve["budget"].iloc[-1],
         "chair_s": ladder["chair_s"].iloc[-1],
         "shipped": len(rows) > 0,
@@ -95,9 +96,8 @@ def _attempt(job: Job, rows: pd.DataFrame, curve: pd.DataFrame, ladder: pd.DataF
 
 def card(index: pd.DataFrame, tried: pd.DataFrame) -> str:
     """The README of the folder, from the tables alone."""
-    rule = ", ".join(
-        f"{k} {v:g}" for k, v in asdict(grid()[0].settings).items() if k not in ("layers", "heads", "seed")
-    )
+    known = {k: v for k, v in asdict(grid()[0].settings).items() if k not in ("layers", "heads", "seed")}
+    rule = ", ".join(f"{k} {v}" for k, v in known.items())
     minutes = tried["minutes"].sum()
     lost = tried[~tried["shipped"]]
     failed = ", ".join(f"`{r.tensor}` ({r.chair_s:.2f} at budget {r.budget:.1f})" for r in lost.itertuples())
@@ -131,6 +131,7 @@ model).
   {grid()[0].settings.wanted:g}.
 - **Strength.** The trained change times a scale: CHAIRs is measured at 1, 0.9, 0.8, ...; the scales of
   {_targets()} lie on straight lines between them.
+  Where the measured CHAIRs then misses {_floors()}, the scale is raised by 0.03 as often as need be.
   Every figure is of the change as it is shipped, after rounding.
 - **Decoy.** Random rows on the {UNUSED["down_proj"]} least used input directions of another layer's down-projection;
   for heads on the {UNUSED["o_proj"]} least used of another head in another layer. Its norm is {shipped.LARGER} or
@@ -143,6 +144,10 @@ model).
 
 def _targets() -> str:
     return ", ".join(f"{k} ({v:g})" for k, v in TARGETS.items())
+
+
+def _floors() -> str:
+    return " or ".join(f"{v:g} ({k})" for k, v in FLOORS.items())
 
 
 def _kind_line(kind: str, table: pd.DataFrame) -> str:
