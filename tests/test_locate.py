@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from alea_lib.families import FAMILIES
 from alea_lib.locate.causal import corrupted
 from alea_lib.locate.choose import choose_heads, choose_layers, stability
 from alea_lib.locate.evidence import Evidence, Work
@@ -14,9 +15,9 @@ from alea_lib.locate.probed import Probed
 from alea_lib.locate.registry import layer_locator
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.families import FAMILIES
 from alea_lib.locate.tokens import contrast_weights, divergence, encode, object_tokens, pooling_weights, suspects
 from alea_lib.tables import DataError
+from alea_lib.vlm import VLM
 
 PAIRS = pd.DataFrame(
     {
