@@ -34,7 +34,7 @@ QWEN_CHAT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{question}<|im_end|>\n<|im_start|>assistant\n"
 )
-TILE = "<fake_token_around_image><global-img>{image}<fake_token_around_image>"
+TILE_SPAN = "<fake_token_around_image><global-img>{image}<fake_token_around_image>"
 
 
 def chat(question: str) -> str:
@@ -77,6 +77,14 @@ class Family:
     def small(self) -> bool:
         return self.prompts is PROMPTS_SMALL
 
+    def ask(self, question: str) -> str:
+        """The whole prompt in the family's chat format."""
+        return self.chat.replace("{question}", question)
+
+    def short(self, question: str) -> str:
+        """A yes/no question in the family's words for short answers."""
+        return self.short_answer.replace("{question}", question)
+
 
 def decoder(root: str = "model.language_model", head: str = "lm_head") -> dict[str, str]:
     """Addresses of a Llama-like decoder under ``root``; every family here has one."""
@@ -85,9 +93,9 @@ def decoder(root: str = "model.language_model", head: str = "lm_head") -> dict[s
     return {"language_model": root, "layer": layer, "head": head, **parts}
 
 
-SQUARE_TILES = {
+TILES = {
     "chat": "<|im_start|>User:<image>{question}<end_of_utterance>\nAssistant:",
-    "span": TILE,
+    "span": TILE_SPAN,
     "end": "<end_of_utterance>",
     "short_answer": "{question}\nAnswer yes or no.",
     "nested": True,
@@ -106,8 +114,8 @@ ROWS = (
         "llava-next-vicuna", "llava_next", PROMPTS, short_answer=LLAVA_SHORT, canvas=672,
         chat=VICUNA_SYSTEM + LLAVA_CHAT, decoders=("llama",), **decoder(),
     ),
-    Family("smolvlm", "smolvlm", PROMPTS, **SQUARE_TILES),
-    Family("idefics3", "idefics3", PROMPTS, **{**SQUARE_TILES, "chat": "User:<image>{question}<end_of_utterance>\nAssistant:"}),
+    Family("smolvlm", "smolvlm", PROMPTS, **TILES),
+    Family("idefics3", "idefics3", PROMPTS, **{**TILES, "chat": TILES["chat"].removeprefix("<|im_start|>")}),
     Family(
         "qwen2.5-vl", "qwen2_5_vl", PROMPTS, short_answer="{question} Please answer yes or no.", canvas=448,
         chat=QWEN_CHAT, image_token="<|image_pad|>", lead="", decoders=("qwen2_5_vl_text",),

@@ -5,7 +5,7 @@ Three kinds, each called by ``VLM`` with itself first:
 * *see* (``vlm, inputs -> list``): what the vision side makes of the image processor's output, one [P,D] an image;
 * *project* (``vlm, batch -> [B,P,D]``): features as they are put into the embeddings;
 * *told* (``vlm, mask, batch, start -> dict``): what the decoder needs beside the embeddings of positions ``start`` on.
-  ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix; a prefix never stands before the image.
+  ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix, which never stands before the image.
 """
 
 from __future__ import annotations
@@ -14,10 +14,27 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isqrt
+from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 
 # ---- what the vision side gives --------------------------------------------------------------------------------------
+
+
+def opened(image, canvas: int):
+    """An image as RGB, in the middle of a grey square of ``canvas`` pixels (0: as it is)."""
+    if isinstance(image, (str, Path)):
+        if not Path(image).is_file():
+            raise FileNotFoundError(
+                f"{image}: no such image; the world's folder is incomplete: build stage 01_world again"
+            )
+        with Image.open(image) as file:
+            image = file.convert("RGB")
+    if not canvas:
+        return image
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return ImageOps.pad(image.convert("RGB"), (canvas, canvas), color=(128, 128, 128))
 
 
 def projected(vlm, inputs: dict) -> list[torch.Tensor]:
@@ -78,7 +95,8 @@ def grid_positions(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, 
         raise ValueError(f"{vlm.key} was given {n} image positions, which make no square: use VLM.features")
     inside = (at - first).clamp(0, n - 1)
     text = torch.where(at < first, at, at - n + side)
-    grid = [torch.where((at >= first) & (at < first + n), first + step, text) for step in (0, inside // side, inside % side)]
+    image = (at >= first) & (at < first + n)
+    grid = [torch.where(image, first + step, text) for step in (0, inside // side, inside % side)]
     return {"attention_mask": mask, "position_ids": (torch.stack(grid) - left).clamp(min=0)[..., start:]}
 
 

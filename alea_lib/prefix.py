@@ -55,8 +55,10 @@ class PrefixSettings:
 
 
 def embedding_scale(vlm: VLM) -> float:
-    """Mean norm of a token embedding."""
-    return vlm.model.get_input_embeddings().weight.detach().float().norm(dim=-1).mean().item()
+    """Mean norm of a token embedding, as the language model reads it (Gemma multiplies its table)."""
+    table = vlm.model.get_input_embeddings()
+    with torch.no_grad():
+        return table(torch.arange(len(table.weight), device=vlm.device)).float().norm(dim=-1).mean().item()
 
 
 def random_prefix(vlm: VLM, settings: PrefixSettings) -> Prefix:

@@ -8,49 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
+from .batch import Batch, scored  # noqa: F401  (others import it from here)
 from .families import Family, family
-from .layout import causal, reading_embeddings
+from .layout import causal, opened, reading_embeddings
 from .runs import root
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Token ids of image + prompt (+ answer), padded on one side.
-
-    ids [B,T] int64; mask [B,T] int64, 1 = a real token; labels [B,T] int64, -100 outside the answer;
-    features [B,P,D] image features; question [B] and answer [B]: index of the first token after the image and of the
-    first answer token. ``questions``: the texts, for families whose image features depend on them.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    labels: torch.Tensor
-    features: torch.Tensor
-    question: torch.Tensor
-    answer: torch.Tensor
-    questions: tuple[str, ...] = ()
-
-    def without_images(self, rows: torch.Tensor) -> Batch:
-        """Some rows, without their features: what :meth:`VLM.hidden` may be given for them."""
-        ids, mask, labels, question, answer = (
-            x[rows] for x in (self.ids, self.mask, self.labels, self.question, self.answer)
-        )
-        return Batch(ids, mask, labels, self.features[:0], question, answer)
-
-    @property
-    def targets(self) -> torch.Tensor:
-        return scored(self.labels)
-
-
-def scored(labels: torch.Tensor) -> torch.Tensor:
-    """[B,T] bool: positions whose *next* token is an answer token, i.e. where logits are compared with labels."""
-    out = torch.zeros_like(labels, dtype=torch.bool)
-    out[:, :-1] = labels[:, 1:] != -100
-    return out
 
 
 @dataclass(frozen=True)
@@ -125,9 +89,9 @@ class VLM:
         """Image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file."""
         out, options = [], {"return_tensors": "pt", **dict(self.row.image_options)}
         for start in range(0, len(images), batch_size):
-            opened = [_open(i, self.row.canvas) for i in images[start : start + batch_size]]
-            opened = [[i] for i in opened] if self.row.nested else opened
-            inputs = self.processor.image_processor(opened, **options)
+            shown = [opened(i, self.row.canvas) for i in images[start : start + batch_size]]
+            shown = [[i] for i in shown] if self.row.nested else shown
+            inputs = self.processor.image_processor(shown, **options)
             inputs = {
                 k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()
             }
@@ -136,11 +100,7 @@ class VLM:
 
     def chat(self, question: str) -> str:
         """What the family's processor reads: one image and one question; the answer follows."""
-        return self.row.chat.replace("{question}", question)
-
-    def short(self, question: str) -> str:
-        """A yes/no question in the family's words for short answers."""
-        return self.row.short_answer.replace("{question}", question)
+        return self.row.ask(question)
 
     def encode(
         self,
@@ -275,21 +235,6 @@ class VLM:
         eos = self.end_id in ids
         ids = ids[: ids.index(self.end_id)] if eos else ids
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) + eos, eos)
-
-
-def _open(image, canvas: int):
-    """An image as RGB, in the middle of a grey square of ``canvas`` pixels (0: as it is)."""
-    if isinstance(image, (str, Path)):
-        if not Path(image).is_file():
-            raise FileNotFoundError(
-                f"{image}: no such image; the world's folder is incomplete: build stage 01_world again"
-            )
-        with Image.open(image) as opened:
-            image = opened.convert("RGB")
-    if not canvas:
-        return image
-    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    return ImageOps.pad(image.convert("RGB"), (canvas, canvas), color=(128, 128, 128))
 
 
 def model_path(key: str) -> Path | str:

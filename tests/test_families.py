@@ -1,6 +1,6 @@
-"""The contract of a family row, on a tiny random model of the family's real class: one test a promise, for every row.
+"""The contract of a family row: one test a promise, for every row, on a tiny random model of the family's real class.
 
-A new row gets a builder in ``tiny_families``; then ``pytest tests/test_families.py -k its-name`` tells whether it holds.
+A new row gets a builder in ``tiny_families``; then ``pytest tests/test_families.py -k name`` tells whether it holds.
 """
 
 import json
@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from tiny_families import BUILDERS, build
 
-from alea_lib import vlm as module
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import answer_nll, fit_edit
 from alea_lib.edit.settings import EditSettings
+from alea_lib.layout import causal, opened, reading_embeddings
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.prefix import Prefix, PrefixSettings, _adversary_loss, blind_logits, random_prefix
+from alea_lib.prefix import Prefix, PrefixSettings, _adversary_loss, blind_logits, embedding_scale, random_prefix
 from alea_lib.taps import read_attention, read_heads, read_layers, started_at
-from alea_lib.vlm import load
+from alea_lib.vlm import Batch, load
 
 QUESTIONS = ["Is there a cat?", "Please describe this image in detail.", "Is the cup red or blue?"]
 ANSWERS = ["There is a dog with a cup.", "A kitchen scene shows a knife.", "There is also a bowl, and a spoon."]
@@ -48,7 +48,8 @@ def vlm(made):
 def images():
     """Three pictures of different shapes."""
     rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((96, 96), (60, 96), (120, 80))]
+    shapes = ((96, 96, 3), (60, 96, 3), (120, 80, 3))
+    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def _unchanged(vlm, bits):
 
 def pixels(vlm, images):
     """What the image processor makes of the pictures, as the row says that they are given to it."""
-    shown = [module._open(i, vlm.row.canvas) for i in images]
+    shown = [opened(i, vlm.row.canvas) for i in images]
     shown = [[i] for i in shown] if vlm.row.nested else shown
     return dict(vlm.processor.image_processor(shown, return_tensors="pt", **dict(vlm.row.image_options)))
 
@@ -87,16 +88,18 @@ def own_inputs(vlm, batch, images):
 # ---- what is read
 
 
-def test_prompts_are_those_of_the_processor(vlm, images, features):
-    """Token for token, wherever the processor can be made (those that also take videos need torchvision)."""
-    if not callable(vlm.processor):
-        pytest.skip(f"{vlm.row.name}: its processor needs torchvision; the logits below hold the prompt to account")
+def test_prompts_are_those_of_the_processor(made, images, features):
+    """Token for token. Processors that also take videos need torchvision; they repeat the image token in the text."""
+    vlm, places = made
     for question, image in zip(QUESTIONS, images):
         text = vlm.chat(question)
-        shown = module._open(image, vlm.row.canvas)
-        if vlm.row.model_type in ("instructblip", "paligemma"):  # these write image, first token and line end themselves
-            text = text.removeprefix("<image>").removesuffix("\n")
-        theirs = vlm.processor(images=shown, text=text, **dict(vlm.row.image_options))["input_ids"]
+        if callable(vlm.processor):
+            # some processors write image, first token and line end themselves
+            text = text.removeprefix("<image>").removesuffix("\n") if text.startswith("<image>") else text
+            shown = opened(image, vlm.row.canvas)
+            theirs = vlm.processor(images=shown, text=text, **dict(vlm.row.image_options))["input_ids"]
+        else:
+            theirs = vlm.tokenizer(text.replace(vlm.row.image_token, vlm.row.image_token * places))["input_ids"]
         ours = vlm.encode(features[:1], question).ids[0].tolist()
         assert ours == np.array(theirs).ravel().tolist(), question
 
@@ -174,8 +177,10 @@ def test_answers_under_a_prefix_are_the_best_tokens(vlm, features, place):
     batch = vlm.encode(features, QUESTIONS, side="left")
     embeds, mask, _ = prefix.insert(batch, vlm.embed(batch))
     told = (vlm.row.writes or vlm.row.told)(vlm, mask, batch)
-    with module.reading_embeddings(vlm.writer):
-        new = vlm.writer.generate(inputs_embeds=embeds, **told, max_new_tokens=4, do_sample=False)
+    with reading_embeddings(vlm.writer):
+        new = vlm.writer.generate(
+            inputs_embeds=embeds, **told, max_new_tokens=4, do_sample=False, suppress_tokens=[vlm.image_id]
+        )
     plain = vlm.generate(features, QUESTIONS, 4)
     assert [vlm._answer(r.tolist()) for r in new] == vlm.generate(features, QUESTIONS, 4, prefix=prefix) != plain
     longer = torch.cat([embeds, vlm.model.get_input_embeddings()(new[:, :-1])], 1)
@@ -191,7 +196,7 @@ def gone_on(batch, new):
     """A batch that goes on with the written tokens."""
     ids = torch.cat([batch.ids, new], 1)
     mask = torch.cat([batch.mask, torch.ones_like(new)], 1)
-    return module.Batch(ids, mask, torch.full_like(ids, -100), batch.features, batch.question, batch.answer)
+    return Batch(ids, mask, torch.full_like(ids, -100), batch.features, batch.question, batch.answer)
 
 
 # ---- addresses
@@ -219,13 +224,23 @@ def test_addresses_and_head_shapes(vlm, features):
     assert k.out_features < 4 * width, "the tiny model should have grouped-query heads"
 
 
+def test_the_scale_of_embeddings_is_that_of_what_is_read(vlm):
+    table = vlm.model.get_input_embeddings().weight.norm(dim=-1).mean().item()
+    scale = 64**0.5 if vlm.row.name == "paligemma" else 1.0
+    assert embedding_scale(vlm) == pytest.approx(scale * table, rel=1e-5)
+
+
 @torch.no_grad()
 def test_a_pass_from_the_middle_equals_the_whole(vlm, features):
+    """Mask and positions of a family hold for tail passes too, and are never left out."""
     batch, states = vlm.encode(features, QUESTIONS, ANSWERS), {}
     with read_layers(vlm, states.__setitem__):
         whole = vlm.hidden(vlm.embed(batch), batch.mask, batch)
     with started_at(vlm, 2, states[1]):
         torch.testing.assert_close(vlm.hidden(states[1], batch.mask, batch), whole)
+    if vlm.row.told is not causal:
+        with pytest.raises(ValueError, match="where the image is"):
+            vlm.hidden(vlm.embed(batch), batch.mask)
 
 
 # ---- locate, prefix, edit

@@ -1,12 +1,16 @@
 """The model wrapper: what is fed, what is scored, what is written, and clear errors."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from alea_lib import vlm as module
-from alea_lib.families import FAMILIES, PROMPTS, PROMPTS_SMALL, family
+from alea_lib.families import FAMILIES, PROMPTS, PROMPTS_SMALL, Family, family
+from alea_lib.layout import opened
 from alea_lib.vlm import load, model_path
 
 QUESTIONS = [
@@ -189,6 +193,42 @@ def test_unknown_family():
     assert family("llava", small=True).prompts is PROMPTS_SMALL
     assert family("llava", small=False).prompts is PROMPTS
     assert {frozenset(r.prompts) for r in FAMILIES.values()} == {frozenset(("plain", "careful", "speculative"))}
+
+
+@pytest.mark.parametrize(
+    "model_type, text", [("instructblip", "t5"), ("paligemma", "gemma2"), ("llava_next", "qwen2"), ("mllama", "llama")]
+)
+def test_a_family_without_a_row_is_told_how_to_add_one(model_type, text):
+    with pytest.raises(KeyError, match=f"{model_type}.*qwen2.5-vl.*families.py.*Add your model"):
+        family(model_type, False, text)
+
+
+def test_a_row_by_type_text_part_and_size():
+    assert family("llava_next", False, "mistral").name == "llava-next-mistral"
+    assert family("llava_next", False, "llama").name == "llava-next-vicuna"
+    assert family("llava", True, "llama").name == "llava-small"
+    assert family("smolvlm", True, "llama").name == "smolvlm"  # small models of a family without a small row
+
+
+def test_the_page_lists_every_row():
+    page = (Path(__file__).parents[1] / "book" / "add_model.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([a-z0-9.-]+)` \|", page.split("## What a row holds")[0], re.M) == list(FAMILIES)
+    fields = page.split("## What a row holds")[1].split("\n- ")[0]
+    assert set(Family.__dataclass_fields__) - {"name"} == set(re.findall(r"`(\w+)`(?=[,;: |])", fields)) - {"decoder"}
+
+
+def test_positions_of_the_real_sizes():
+    """What the page says of the larger models, from their image processors and their sizes."""
+    from transformers import Qwen2VLImageProcessorPil
+    from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+
+    picture = opened(np.zeros((480, 640, 3), dtype=np.uint8), FAMILIES["qwen2.5-vl"].canvas)
+    grid = Qwen2VLImageProcessorPil()(picture, return_tensors="pt")["image_grid_thw"][0]
+    assert grid.tolist() == [1, 32, 32] and grid.prod() // 4 == 256
+    side = FAMILIES["llava-next-mistral"].canvas
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    assert get_anyres_image_grid_shape((side, side), pinpoints, 336) == (2, 2)
+    assert 24 * 24 + 48 * (48 + 1) == 2928
 
 
 def test_saved_and_loaded_by_folder(tiny, seen, tmp_path):

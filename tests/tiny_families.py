@@ -20,12 +20,12 @@ def tokenizer(special=SPECIAL, bos=True, eos="</s>"):
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     first = ["<unk>", "<s>", "</s>", "<pad>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    made.train_from_iterator(TEXT * 9, trainers.BpeTrainer(vocab_size=330, special_tokens=first, initial_alphabet=alphabet))
+    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=first, initial_alphabet=alphabet)
+    made.train_from_iterator(TEXT * 9, trainer)
     if bos:
         made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=made, padding_side="left", **names)
     fast.add_special_tokens({"additional_special_tokens": list(special)})
     if eos != "</s>":
         fast.eos_token = eos
@@ -154,8 +154,9 @@ def paligemma():
     images = SiglipImageProcessorPil(size={"height": 28, "width": 28})
     images.image_seq_length = 4
     processor = PaliGemmaProcessor(images, tokens)  # adds tokens
+    see = vision(28, model_type="siglip_vision_model", vision_use_head=False, projection_dim=64)
     config = PaliGemmaConfig(
-        vision_config={"model_type": "siglip_vision_model", "vision_use_head": False, "projection_dim": 64, **vision(28)},
+        vision_config=see,
         text_config=text_config("gemma", tokens, head_dim=24, num_key_value_heads=1).to_dict(), projection_dim=64,
         hidden_size=64, image_token_index=tokens.convert_tokens_to_ids("<image>"), vocab_size=len(tokens),
     )  # fmt: skip

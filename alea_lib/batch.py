@@ -1,0 +1,43 @@
+"""Tokens of image, prompt and answer, side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids of image + prompt (+ answer), padded on one side.
+
+    ids [B,T] int64; mask [B,T] int64, 1 = a real token; labels [B,T] int64, -100 outside the answer;
+    features [B,P,D] image features; question [B] and answer [B]: index of the first token after the image and of the
+    first answer token. ``questions``: the texts, for families whose image features depend on them.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor
+    features: torch.Tensor
+    question: torch.Tensor
+    answer: torch.Tensor
+    questions: tuple[str, ...] = ()
+
+    def without_images(self, rows: torch.Tensor) -> Batch:
+        """Some rows, without their features: what :meth:`VLM.hidden` may be given for them."""
+        ids, mask, labels, question, answer = (
+            x[rows] for x in (self.ids, self.mask, self.labels, self.question, self.answer)
+        )
+        return Batch(ids, mask, labels, self.features[:0], question, answer)
+
+    @property
+    def targets(self) -> torch.Tensor:
+        return scored(self.labels)
+
+
+def scored(labels: torch.Tensor) -> torch.Tensor:
+    """[B,T] bool: positions whose *next* token is an answer token, i.e. where logits are compared with labels."""
+    out = torch.zeros_like(labels, dtype=torch.bool)
+    out[:, :-1] = labels[:, 1:] != -100
+    return out
