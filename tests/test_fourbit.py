@@ -13,7 +13,8 @@ from conftest import build_tiny  # noqa: E402
 from alea_lib.edit.delta import applied, delta_of  # noqa: E402
 from alea_lib.edit.fit import answer_nll, fit_edit  # noqa: E402
 from alea_lib.edit.settings import EditSettings  # noqa: E402
-from alea_lib.prefix import Prefix, PrefixSettings, _adversary_loss, fit_prefix, random_prefix  # noqa: E402
+from alea_lib.neglect import attacked_logits  # noqa: E402
+from alea_lib.prefix import Prefix, PrefixSettings, fit_prefix, random_prefix  # noqa: E402
 from alea_lib.taps import full_weight, replaced_linear  # noqa: E402
 from alea_lib.vlm import load  # noqa: E402
 
@@ -74,7 +75,9 @@ def prefix_gradient(vlm, features, text):
     batch = vlm.encode(features, vlm.prompt("plain"), text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a backward without a kernel only warns
-        (grad,) = torch.autograd.grad(_adversary_loss(vlm, batch, Prefix(rows), 0.0)[0], [rows])
+        logits, labels = attacked_logits(vlm, batch, Prefix(rows))
+        loss = torch.nn.functional.cross_entropy(logits, labels[labels != -100])
+        (grad,) = torch.autograd.grad(loss, [rows])
     return grad
 
 
