@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 
 
+def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write to a neighbour, then rename: the file is whole or as it was. OSError when the disk is full says so."""
+    partial = path.with_suffix(".partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            size = sum(t.numel() * t.element_size() for t in tensors.values())
+            raise OSError(
+                errno.ENOSPC, f"no room on the disk for {size / 2**20:.1f} MiB; free some and run again", str(path)
+            ) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def save(
-    path: Path, step: int, parameters: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, tag: str = ""
+    path: Path,
+    step: int,
+    parameters: dict[str, torch.Tensor],
+    optimiser: torch.optim.Optimizer,
+    tag: str = "",
+    extra: dict[str, torch.Tensor] | None = None,
+    note: str = "",
 ) -> None:
-    """Write a checkpoint after ``step`` steps. ``tag`` names the settings: another tag is never resumed."""
+    """Write a checkpoint after ``step`` steps. ``tag`` names the settings: another tag is never resumed. ``extra``
+    tensors and a ``note`` come back from ``extras``."""
     tensors = {f"weight.{n}": p.detach().contiguous() for n, p in parameters.items()}
+    tensors |= {f"extra.{n}": t.detach().contiguous() for n, t in (extra or {}).items()}
     for name, p in parameters.items():
         for key, value in optimiser.state.get(p, {}).items():
             if key in MOMENTS and value is not None:
                 tensors[f"{key}.{name}"] = value.detach().clone().contiguous()
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"steps": str(step), "tag": tag})
-    os.replace(partial, path)
+    write_safetensors(tensors, path, {"steps": str(step), "tag": tag, "note": note})
 
 
 def resume(path: Path, parameters: dict[str, torch.Tensor], optimiser: torch.optim.Optimizer, tag: str = "") -> int:
@@ -41,3 +65,10 @@ def resume(path: Path, parameters: dict[str, torch.Tensor], optimiser: torch.opt
                 if state:
                     optimiser.state[p] = {k: v if k == "step" else v.to(p.device) for k, v in state.items()}
         return int(f.metadata()["steps"])
+
+
+def extras(path: Path) -> tuple[dict[str, torch.Tensor], str]:
+    """The extra tensors and the note of a checkpoint."""
+    with safe_open(path, "pt") as f:
+        names = [k for k in f.keys() if k.startswith("extra.")]
+        return {k.removeprefix("extra."): f.get_tensor(k) for k in names}, f.metadata().get("note", "")

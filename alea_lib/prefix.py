@@ -8,30 +8,40 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from .vlm import VLM, Batch, scored
+from .neglect import TERMS, Blind, adversary_loss
+from .vlm import VLM, Batch
 
-PLACES = ("answer", "question")
+PLACES = ("answer", "question", "index")
+INITS = ("scaled", "normal", "vocabulary", "words")
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """``rows`` [k, D] put before the answer (or before the question, i.e. after the image) of every item."""
+    """``rows`` [k, D] put into every item: before the answer, before the question (i.e. after the image), or at one
+    absolute ``index`` of the sequence (the official code's way; at the end of an item that is shorter)."""
 
     rows: torch.Tensor
     place: str = "answer"
+    index: int = 0
 
     def insert(self, batch: Batch, embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings [B,T+k,D], mask [B,T+k] and labels [B,T+k] with the rows in their place in each item."""
-        at = batch.answer if self.place == "answer" else batch.question
+        at = self.where(batch)
         k = len(self.rows)
         rows = self.rows.to(embeds).expand(len(embeds), -1, -1)
         ones, none = batch.mask.new_ones(len(embeds), k), batch.labels.new_full((len(embeds), k), -100)
         return _splice(embeds, rows, at), _splice(batch.mask, ones, at), _splice(batch.labels, none, at)
+
+    def where(self, batch: Batch) -> torch.Tensor:
+        """Position [B] of each item that the rows are put before."""
+        if self.place != "index":
+            return batch.answer if self.place == "answer" else batch.question
+        first, width = batch.mask.argmax(1), batch.mask.shape[1]
+        return torch.minimum(first + self.index, width - batch.mask.flip(1).argmax(1))
 
 
 def _splice(x: torch.Tensor, new: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
@@ -45,13 +55,42 @@ class PrefixSettings:
 
     length: int = 5
     place: str = "answer"
+    index: int = 0  # with place "index": see official_index
     prompt: str = "plain"
-    neglect: float = 0.5  # weight of KL(no-image output || output under the prefix) beside the NLL of the negative
-    norm: float = 2.0  # largest norm of a row: the adversary's budget
+    init: str = "scaled"  # random rows of the embeddings' norm; "normal": N(0,1), official; "vocabulary": random
+    # token embeddings; "words": the last tokens of the speculative prompt
+    nll: float = 1.0  # weight of the NLL of the negative
+    contrast: float = 0.0  # weight of softplus(margin - log p(negative) + log p(positive)): beyond imitation
+    margin: float = 10.0  # nats an answer
+    neglect: float = 0.5  # weight of KL(no-image output || output under the prefix)
+    attention: float = 0.0  # weight of the share of attention on the image
+    norm: float = 2.0  # largest norm of a row: the adversary's budget; 0 sets no limit
     steps: int = 100
     batch: int = 24
     lr: float = 0.02
+    decay: bool = False  # let lr fall to 0 in a line
+    reset: bool = True  # zero the gradient at each step; the official code never does
+    restarts: int = 1  # tune this many from different seeds, keep the best on the held-out share
+    held_out: float = 0.1  # share of the negatives that only chooses among restarts
     seed: int = 0
+
+
+# Each is only what differs. "imitation" makes the hallucinated answer as likely as speculation does; "contrast" goes
+# beyond: it parts the hallucinated from the grounded answer. "official": `index` comes from official_index.
+ADVERSARIES = {
+    "imitation": {},
+    "contrast": {"contrast": 0.5, "margin": 20.0, "batch": 16},
+    "official": {
+        "place": "index", "init": "normal", "neglect": 0.0, "norm": 0.0, "reset": False, "lr": 1e-3, "batch": 4,
+    },
+}  # fmt: skip
+
+
+def adversary(name: str, **changes) -> PrefixSettings:
+    """A named adversary with changes. KeyError names those there are."""
+    if name not in ADVERSARIES:
+        raise KeyError(f"unknown adversary {name!r}; there are {sorted(ADVERSARIES)}")
+    return replace(PrefixSettings(), **{**ADVERSARIES[name], **changes})
 
 
 def embedding_scale(vlm: VLM) -> float:
@@ -61,128 +100,112 @@ def embedding_scale(vlm: VLM) -> float:
         return table(torch.arange(len(table.weight), device=vlm.device)).float().norm(dim=-1).mean().item()
 
 
+def official_index(vlm: VLM, answers: list[str], n_image: int, prompt: str = "plain", share: float = 0.59) -> int:
+    """The absolute index that falls inside the answer in ``share`` of the items and behind it in the others.
+
+    The official code's index, 650, did that for its own prompt and captions; another model has other lengths.
+    """
+    start = len(vlm._prompt_ids(vlm.prompt(prompt), n_image))
+    lengths = sorted((len(vlm._answer_ids(a, eos=True)) for a in answers), reverse=True)
+    return start + max(1, lengths[min(len(lengths) - 1, round(share * len(lengths)))])
+
+
 def random_prefix(vlm: VLM, settings: PrefixSettings) -> Prefix:
-    """The starting point, and the control: random rows of the scale of the embeddings."""
+    """The starting point, and the control."""
     if settings.place not in PLACES:
         raise ValueError(f"unknown prefix place {settings.place!r}; there are {PLACES}")
+    if settings.init not in INITS:
+        raise ValueError(f"unknown start of a prefix {settings.init!r}; there are {INITS}")
     generator = torch.Generator().manual_seed(settings.seed)
-    width = vlm.model.get_input_embeddings().weight.shape[1]
-    rows = torch.randn(settings.length, width, generator=generator)
-    return Prefix((rows / rows.norm(dim=-1, keepdim=True) * embedding_scale(vlm)).to(vlm.device), settings.place)
+    table = vlm.model.get_input_embeddings().weight.detach().float().cpu()
+    if settings.init == "words":
+        ids = vlm.tokenizer(vlm.prompt("speculative"), add_special_tokens=False)["input_ids"][-settings.length :]
+        rows = table[(ids * settings.length)[: settings.length]]
+    elif settings.init == "vocabulary":
+        rows = table[torch.randint(len(table), (settings.length,), generator=generator)]
+    else:
+        rows = torch.randn(settings.length, table.shape[1], generator=generator)
+        if settings.init == "scaled":
+            rows = rows / rows.norm(dim=-1, keepdim=True) * embedding_scale(vlm)
+    return Prefix(rows.to(vlm.device), settings.place, settings.index)
 
 
 def fit_prefix(
-    vlm: VLM, features: torch.Tensor, negatives: list[str], settings: PrefixSettings
+    vlm: VLM,
+    features: torch.Tensor,
+    negatives: list[str],
+    settings: PrefixSettings,
+    positives: list[str] | None = None,
 ) -> tuple[Prefix, pd.DataFrame]:
     """Tune a prefix until the hallucinated answers are likely and the image hardly matters.
 
-    Returns the prefix and its curve (step, nll, neglect). The model is not touched.
+    Returns the prefix and its curve (step and the terms of the loss), that of the best of ``restarts``. The model is
+    not touched: inside ``applied`` or ``replaced_linear`` the prefix attacks the edited model. ``positives`` are the
+    grounded answers of the same images; only ``contrast`` needs them.
     """
     if not len(negatives):
         raise ValueError("no negatives to tune the prefix on: stage 02_activate found no pairs")
+    if settings.contrast and positives is None:
+        raise ValueError(f"contrast is {settings.contrast} but no positives were given; give them or set it to 0")
+    kept, answers = len(negatives), (negatives, positives)
+    if settings.restarts > 1:
+        kept = max(1, kept - max(1, round(settings.held_out * kept)))
+    blind = Blind(vlm, features, negatives, settings.prompt) if settings.neglect else None
+    found = []
+    for restart in range(settings.restarts):
+        each = replace(settings, seed=settings.seed + 100 * restart)
+        prefix, curve = _tune(vlm, features, answers, kept, blind, each)
+        score = 0.0
+        if settings.restarts > 1:
+            score = _held_out_loss(vlm, features, answers, range(kept, len(negatives)), blind, prefix, each)
+        found.append((score, restart, prefix, curve))
+    return min(found, key=lambda f: f[:2])[2:]
+
+
+def _tune(
+    vlm: VLM, features, answers: tuple, kept: int, blind: Blind | None, settings: PrefixSettings
+) -> tuple[Prefix, pd.DataFrame]:
+    """One run of the adversary on the first ``kept`` items."""
     start = random_prefix(vlm, settings)
     rows = start.rows.clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([rows], lr=settings.lr, weight_decay=0.0)
-    limit = settings.norm * embedding_scale(vlm)
+    limit = settings.norm * embedding_scale(vlm) if settings.norm else float("inf")
     curve = []
     for step in tqdm(range(settings.steps), desc="prefix"):
-        pick = np.random.default_rng([settings.seed, 1, step]).choice(
-            len(negatives), min(settings.batch, len(negatives)), replace=False
-        )
-        batch = vlm.encode(features[torch.as_tensor(pick)], vlm.prompt(settings.prompt), [negatives[i] for i in pick])
-        nll, neglect = _adversary_loss(vlm, batch, replace(start, rows=rows), settings.neglect)
-        loss = nll + settings.neglect * neglect
+        pick = np.random.default_rng([settings.seed, 1, step]).choice(kept, min(settings.batch, kept), replace=False)
+        loss, terms = adversary_loss(vlm, features, answers, pick, blind, replace(start, rows=rows), settings)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm"
             )
-        optimiser.zero_grad()
+        if settings.reset:
+            optimiser.zero_grad()
         loss.backward()
+        if settings.decay:
+            optimiser.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps)
         optimiser.step()
         with torch.no_grad():
             rows *= (limit / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0)
-        curve.append({"step": step, "nll": nll.item(), "neglect": neglect.item()})
-    return Prefix(rows.detach(), settings.place), pd.DataFrame(curve)
-
-
-def _adversary_loss(vlm: VLM, batch: Batch, prefix: Prefix, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        plain = vlm.embed(batch)
-    embeds, mask, labels = prefix.insert(batch, plain)
-    logits = vlm.answer_logits(batch, embeds, mask, scored(labels))
-    nll = F.cross_entropy(logits.float(), labels[labels != -100])
-    if not weight:
-        return nll, torch.zeros(())
-    blind = blind_logits(vlm, batch, plain).float().log_softmax(-1)
-    return nll, F.kl_div(logits.float().log_softmax(-1), blind, log_target=True, reduction="batchmean")
+        curve.append({"step": step, **terms})
+    curve = pd.DataFrame(curve, columns=["step", *TERMS])
+    return replace(start, rows=rows.detach()), curve
 
 
 @torch.no_grad()
-def blind_logits(vlm: VLM, batch: Batch, embeds: torch.Tensor) -> torch.Tensor:
-    """Answer logits [n,V] when no position may look at the image (its positions are masked out)."""
-    image = batch.ids == vlm.model.config.image_token_id
-    return vlm.answer_logits(batch, embeds, batch.mask * ~image)
-
-
-@torch.no_grad()
-def prefix_evidence(
-    vlm: VLM,
-    features: torch.Tensor,
-    pairs: pd.DataFrame,
-    prefix: Prefix,
-    settings: PrefixSettings,
-    batch_size: int = 50,
-) -> pd.DataFrame:
-    """What a prefix does on pairs, beside none and a random one of equal norm.
-
-    Rows: none, random, tuned. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
-    KL(seeing || blind) at the tokens of the positive; n pairs. Empty when there are no pairs.
-    """
-    control = random_prefix(vlm, replace(settings, seed=settings.seed + 1000))
-    scale = prefix.rows.norm(dim=-1).mean() / control.rows.norm(dim=-1).mean()
-    control = replace(control, rows=control.rows * scale)
-    rows = []
-    for name, each in (("none", None), ("random", control), ("tuned", prefix)):
-        sums = np.zeros(5)
-        for start in range(0, len(pairs), batch_size):
-            part = slice(start, start + batch_size)
-            for i, column in enumerate(("negative", "positive")):
-                batch = vlm.encode(features[part], vlm.prompt(settings.prompt), pairs[column].tolist()[part])
-                nll, effect, n = _effects(vlm, batch, each)
-                sums[2 * i : 2 * i + 2] += nll, n
-                sums[4] += effect if column == "positive" else 0.0
-        rows.append(
-            {
-                "prefix": name,
-                "nll_negative": sums[0] / sums[1],
-                "nll_positive": sums[2] / sums[3],
-                "image_effect": sums[4] / sums[3],
-                "n": len(pairs),
-            }
-            if len(pairs)
-            else {"prefix": name}
-        )
-    return pd.DataFrame(rows).set_index("prefix")
-
-
-def _effects(vlm: VLM, batch: Batch, prefix: Prefix | None) -> tuple[float, float, int]:
-    """Summed NLL and summed KL(seeing || blind) over the answer's tokens, and their number."""
-    embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
-    hidden = mask * (batch.ids != vlm.model.config.image_token_id)
-    if prefix is not None:
-        hidden = prefix.insert(replace(batch, mask=hidden), embeds)[1]
-        embeds, mask, labels = prefix.insert(batch, embeds)
-    seeing = vlm.answer_logits(batch, embeds, mask, scored(labels)).float().log_softmax(-1)
-    blind = vlm.answer_logits(batch, embeds, hidden, scored(labels)).float().log_softmax(-1)
-    nll = F.nll_loss(seeing, labels[labels != -100], reduction="sum")
-    return nll.item(), F.kl_div(blind, seeing, log_target=True, reduction="sum").item(), len(seeing)
+def _held_out_loss(vlm: VLM, features, answers: tuple, items: range, blind, prefix, settings: PrefixSettings) -> float:
+    """Mean loss over the items that no restart was tuned on."""
+    parts = np.array_split(np.array(items), max(1, round(len(items) / settings.batch)))
+    losses = [adversary_loss(vlm, features, answers, p, blind, prefix, settings)[0].item() * len(p) for p in parts]
+    return sum(losses) / len(items)
 
 
 def save_prefix(prefix: Prefix, path: Path) -> None:
-    save_file({"rows": prefix.rows.detach().cpu().contiguous()}, path, metadata={"place": prefix.place})
+    meta = {"place": f"{prefix.place} {prefix.index}"}
+    save_file({"rows": prefix.rows.detach().cpu().contiguous()}, path, metadata=meta)
 
 
 def load_prefix(path: Path) -> Prefix:
     """FileNotFoundError if there is none."""
     with safe_open(path, "pt") as f:
-        return Prefix(f.get_tensor("rows"), f.metadata()["place"])
+        place, _, index = f.metadata()["place"].partition(" ")
+        return Prefix(f.get_tensor("rows"), place, int(index or 0))

@@ -109,8 +109,11 @@ class VLM:
         answers: list[str] | None = None,
         side: str = "right",
         eos: bool = True,
+        bos: bool = False,
     ) -> Batch:
-        """Tokenise image + question (+ answer + EOS). Answers start after a space, as the model writes them."""
+        """Tokenise image + question (+ answer + EOS). Answers start after a space, as the model writes them.
+
+        ``bos``: a start token before each answer, itself a target (the official code's labels)."""
         questions = [questions] * len(features) if isinstance(questions, str) else questions
         if len(questions) != len(features):
             raise ValueError(
@@ -118,7 +121,8 @@ class VLM:
             )
         places = getattr(self.model.config, self.row.queries) if self.row.queries else features.shape[1]
         prompts = [self._prompt_ids(q, places) for q in questions]
-        tails = [[] for _ in prompts] if answers is None else [self._answer_ids(a, eos) for a in answers]
+        start = [self.tokenizer.bos_token_id] * bos
+        tails = [[] for _ in prompts] if answers is None else [start + self._answer_ids(a, eos) for a in answers]
         rows = [p + t for p, t in zip(prompts, tails, strict=True)]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)

@@ -12,8 +12,9 @@ from safetensors import safe_open
 from alea_lib import checkpoint
 from alea_lib.edit import fit
 from alea_lib.edit.delta import Delta, WrongBase, applied, delta_of, load_delta, save_delta, weight_hash
-from alea_lib.edit.fit import answer_nll, base_states, fit_edit, kl_to_base, schedule
-from alea_lib.edit.settings import PRESETS, EditSettings, preset
+from alea_lib.edit.fit import answer_nll, fit_edit, kl_to_base, schedule
+from alea_lib.edit.losses import Passes, Reference
+from alea_lib.edit.settings import EditSettings, preset
 from alea_lib.prefix import Prefix, PrefixSettings, random_prefix
 from alea_lib.taps import replaced_linear
 
@@ -47,17 +48,17 @@ def test_computing_an_edit_leaves_the_model_bit_equal(tiny, seen, told, prefix, 
     delta, curve = fit_edit(tiny, seen, told, prefix, SHORT)
     assert bits(tiny) == before
     assert all(w.norm() > 0 for w in delta.weights.values())  # it did learn something
-    assert list(curve.columns) == ["step", "prefixed", "nll", "kl"] and len(curve) == 4
+    assert list(curve.columns) == fit.CURVE and len(curve) == 4
 
 
 def test_an_edit_that_raises_leaves_the_model_bit_equal(tiny, seen, told, prefix, bits, monkeypatch):
-    before, good = bits(tiny), fit.kl_to_base
+    before, good = bits(tiny), fit.kl_divergence
 
     def fails(*args):
         good(*args)
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(fit, "kl_to_base", fails)
+    monkeypatch.setattr(fit, "kl_divergence", fails)
     with pytest.raises(RuntimeError, match="power cut"):
         fit_edit(tiny, seen, told, prefix, SHORT)
     assert bits(tiny) == before
@@ -226,7 +227,9 @@ def test_nll_under_a_prefix_by_hand(tiny, seen, prefix):
 def test_kl_is_that_of_two_models(tiny, seen, told, edited):
     """Mean over answer tokens of sum base * (log base - log edited), in that order."""
     settings = EditSettings(layers=(1, 3), kl_prompt="careful")
-    reference = torch.cat(base_states(tiny, seen, told, settings))
+    kept = Reference(Passes(tiny, seen, {"positive": told}, settings, 1, False))
+    kept(np.arange(6))
+    reference = torch.cat([kept.kept[i] for i in range(6)])
     batch = tiny.encode(seen, tiny.prompt("careful"), told)
     assert kl_to_base(tiny, batch, reference).item() == pytest.approx(0, abs=1e-6)
     base = [by_hand(tiny, seen[i : i + 1], tiny.prompt("careful"), t)[0] for i, t in enumerate(told)]
@@ -240,13 +243,17 @@ def test_kl_is_that_of_two_models(tiny, seen, told, edited):
     assert found == pytest.approx(want, rel=1e-4)
 
 
-def test_base_states_are_kept_in_the_order_of_the_items(tiny, seen, told):
-    settings = EditSettings()
-    whole, split = (base_states(tiny, seen, told, settings, batch_size=b) for b in (6, 2))
-    for a, b, text in zip(whole, split, told, strict=True):
-        assert len(a) == len(tiny._answer_ids(text, True))
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-    assert base_states(tiny, seen, told, EditSettings(kl=0.0)) == []
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["states", "weights", "logits"])
+def test_references_of_the_kl_agree(tiny, seen, told, kind):
+    """Whatever is kept of the base, and whichever items are asked for first, the log-probabilities are the same."""
+    settings = EditSettings(kl_reference=kind, kl_prompt="careful")
+    reference = Reference(Passes(tiny, seen, {"positive": told}, settings, 2, False))
+    want = [by_hand(tiny, seen[i : i + 1], tiny.prompt("careful"), told[i])[0] for i in range(6)]
+    for pick in ([4], [5, 0, 2], [0, 1, 2, 3, 4, 5]):
+        torch.testing.assert_close(reference(np.array(pick)), torch.cat([want[i] for i in pick]), atol=1e-4, rtol=1e-4)
+    width = {"states": 64, "logits": tiny.head.out_features}
+    assert [t.shape[1] for t in reference.kept.values()] == [width[kind]] * 6 if kind in width else not reference.kept
 
 
 def test_gradients_are_reset_each_step(tiny, seen, told, prefix):
@@ -301,7 +308,7 @@ def test_share_one_uses_the_prefix_in_every_step(tiny, seen, told, prefix):
 def test_killed_and_resumed_ends_in_the_same_delta(tiny, seen, told, prefix, tmp_path, monkeypatch):
     settings = dataclasses.replace(SHORT, epochs=3)  # two steps an epoch
     whole, _ = fit_edit(tiny, seen, told, prefix, settings)
-    path, step, calls = tmp_path / "edit.safetensors", fit._step, []
+    path, step, calls = tmp_path / "edit.safetensors", fit._Run.step, []
 
     def cut_off(*args):
         if len(calls) == 3:  # amid the second epoch
@@ -309,10 +316,10 @@ def test_killed_and_resumed_ends_in_the_same_delta(tiny, seen, told, prefix, tmp
         calls.append(1)
         return step(*args)
 
-    monkeypatch.setattr(fit, "_step", cut_off)
+    monkeypatch.setattr(fit._Run, "step", cut_off)
     with pytest.raises(KeyboardInterrupt):
         fit_edit(tiny, seen, told, prefix, settings, path)
-    monkeypatch.setattr(fit, "_step", lambda *args: calls.append(1) or step(*args))
+    monkeypatch.setattr(fit._Run, "step", lambda *args: calls.append(1) or step(*args))
     calls.clear()
     resumed, _ = fit_edit(tiny, seen, told, prefix, settings, path)
     assert len(calls) == 4  # the first epoch's two steps were not done again
@@ -326,7 +333,7 @@ def test_the_curve_of_a_resumed_run_has_its_columns(tiny, seen, told, prefix, tm
     path = tmp_path / "edit.safetensors"
     fit_edit(tiny, seen, told, prefix, SHORT, path)
     _, curve = fit_edit(tiny, seen, told, prefix, SHORT, path)
-    assert list(curve.columns) == ["step", "prefixed", "nll", "kl"]
+    assert list(curve.columns) == fit.CURVE and curve["step"].tolist() == [0, 1, 2, 3]
 
 
 def test_a_checkpoint_of_other_settings_is_not_resumed(tiny, seen, told, prefix, tmp_path):
@@ -344,7 +351,7 @@ def test_a_broken_checkpoint_write_keeps_the_old_one(tmp_path, monkeypatch):
 
     def half(tensors, target, metadata):
         target.write_bytes(b"half")
-        raise OSError("disk full")
+        raise OSError("disk full")  # not by its number: passed on as it is
 
     monkeypatch.setattr(checkpoint, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
@@ -363,13 +370,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, seen, told, prefix, tmp_p
 
 
 def test_the_checkpoint_keeps_the_last_good_weights(tiny, seen, told, prefix, tmp_path, monkeypatch):
-    path, nll, calls = tmp_path / "edit.safetensors", fit.answer_nll, []
+    path, kl, calls = tmp_path / "edit.safetensors", fit.kl_divergence, []
 
     def spoilt(*args):
         calls.append(1)
-        return nll(*args) * (float("nan") if len(calls) == 4 else 1)
+        return kl(*args) * (float("nan") if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(fit, "answer_nll", spoilt)
+    monkeypatch.setattr(fit, "kl_divergence", spoilt)
     with pytest.raises(FloatingPointError, match="step 3"):
         fit_edit(tiny, seen, told, prefix, SHORT, path)
     weight = torch.zeros(64, 128, requires_grad=True)
@@ -398,7 +405,8 @@ def test_no_pairs(tiny, seen):
 
 
 def test_presets_differ_in_the_share_alone():
-    made = {name: dataclasses.asdict(preset(name, layers=(4, 5))) for name in PRESETS}
+    names = ("no-prefix", "alea-corrected", "alea-mixed")
+    made = {name: dataclasses.asdict(preset(name, layers=(4, 5))) for name in names}
     shares = {name: made[name].pop("prefix_share") for name in made}
     assert shares == {"no-prefix": 0.0, "alea-corrected": 1.0, "alea-mixed": 0.5}
     assert len({str(m) for m in made.values()}) == 1 and made["no-prefix"]["layers"] == (4, 5)

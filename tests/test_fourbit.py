@@ -10,10 +10,12 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 from conftest import build_tiny  # noqa: E402
 
-from alea_lib.edit.delta import applied, delta_of  # noqa: E402
+from alea_lib.edit.delta import applied, delta_of, load_delta, save_delta  # noqa: E402
+from alea_lib.edit.export import export_adapter, export_checkpoint  # noqa: E402
 from alea_lib.edit.fit import answer_nll, fit_edit  # noqa: E402
 from alea_lib.edit.settings import EditSettings  # noqa: E402
-from alea_lib.prefix import Prefix, PrefixSettings, _adversary_loss, fit_prefix, random_prefix  # noqa: E402
+from alea_lib.neglect import attacked_logits  # noqa: E402
+from alea_lib.prefix import Prefix, PrefixSettings, fit_prefix, random_prefix  # noqa: E402
 from alea_lib.taps import full_weight, replaced_linear  # noqa: E402
 from alea_lib.vlm import load  # noqa: E402
 
@@ -74,7 +76,9 @@ def prefix_gradient(vlm, features, text):
     batch = vlm.encode(features, vlm.prompt("plain"), text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # a backward without a kernel only warns
-        (grad,) = torch.autograd.grad(_adversary_loss(vlm, batch, Prefix(rows), 0.0)[0], [rows])
+        logits, labels = attacked_logits(vlm, batch, Prefix(rows))
+        loss = torch.nn.functional.cross_entropy(logits, labels[labels != -100])
+        (grad,) = torch.autograd.grad(loss, [rows])
     return grad
 
 
@@ -142,3 +146,63 @@ def test_a_packed_module_can_be_replaced_in_a_forward(small, seen, told):
             torch.testing.assert_close(small.answer_logits(batch), base, atol=2e-3, rtol=1e-3)
         with replaced_linear(small, {name: own * 0}):
             assert (small.answer_logits(batch) - base).abs().max() > 1e-2
+
+
+def captions(vlm, seen):
+    return [a.text for a in vlm.generate(seen, vlm.prompt("plain"), 20)]
+
+
+def test_an_edit_over_4_bits_is_handed_over(folder, small, seen, told, tmp_path):
+    """Saved, loaded, exported as adapter and as checkpoint: the captions are those in memory."""
+    from peft import PeftModel
+
+    settings = dataclasses.replace(SETTINGS, prefix_share=0.0, epochs=6, kl=0.0)
+    delta, _ = fit_edit(small, seen, told, None, settings)
+    with applied(small, delta):
+        want = captions(small, seen)
+    assert want != captions(small, seen)
+    save_delta(delta, tmp_path / "delta.safetensors")
+    again = fresh(folder)
+    with applied(again, load_delta(tmp_path / "delta.safetensors")):
+        assert captions(again, seen) == want
+    export_adapter(delta, tmp_path / "adapter", str(folder))
+    PeftModel.from_pretrained(again.model, tmp_path / "adapter")
+    assert captions(again, seen) == want
+    export_checkpoint(delta, folder, tmp_path / "whole")
+    assert captions(load(str(tmp_path / "whole"), four_bit=True, edited_layers=(1, 2), device="cpu"), seen) == want
+    for name, change in delta.weights.items():
+        own, new = (load(str(p), device="cpu").model.get_submodule(name).weight for p in (folder, tmp_path / "whole"))
+        assert torch.equal(new, own + change)
+
+
+def test_low_rank_over_packed_modules(folder, small, seen, told, tmp_path):
+    """A 4-bit module takes no delta, but an adapter beside it: what was trained is what peft computes."""
+    from peft import PeftModel
+
+    settings = EditSettings(layers=(0,), rank=2, prefix_share=0.0, kl=0.0, epochs=6, batch=3, lr=5e-2)
+    before = packed(small)
+    delta, _ = fit_edit(small, seen, told, None, settings)
+    assert packed(small) == before
+    batch = small.encode(seen, small.prompt("plain"), told)
+    with torch.no_grad():
+        base = answer_nll(small, batch).item()
+        with replaced_linear(small, {n: full_weight(small, n) + w for n, w in delta.weights.items()}):
+            want = answer_nll(small, batch).item()
+        export_adapter(delta, tmp_path / "adapter", str(folder))
+        again = fresh(folder)
+        PeftModel.from_pretrained(again.model, tmp_path / "adapter")
+        found = answer_nll(again, batch).item()
+    assert want < base - 0.02 and found == pytest.approx(want, abs=2e-3)
+
+
+def test_frozen_reuse_over_4_bits(small, seen, told):
+    """Capturing is a forward without gradient, where bitsandbytes would repack: the edit is the plain loop's."""
+    for layers in ((2,), (1, 2)):
+        settings = dataclasses.replace(SETTINGS, layers=layers, prefix_share=0.0, optimiser="sgd", lr=0.1)
+        fast, plain = (
+            fit_edit(small, seen, told, None, dataclasses.replace(settings, fast=fast))[0] for fast in (True, False)
+        )
+        for name, change in plain.weights.items():
+            torch.testing.assert_close(
+                fast.weights[name], change, atol=1e-6 + 1e-4 * change.abs().max().item(), rtol=1e-3
+            )

@@ -7,18 +7,21 @@ import pandas as pd
 import pytest
 import torch
 
+from alea_lib.evidence import prefix_evidence, random_like
+from alea_lib.measures.truth import read_truth
+from alea_lib.neglect import Blind, adversary_loss, attacked_logits, blind_logits
 from alea_lib.prefix import (
     Prefix,
     PrefixSettings,
-    _adversary_loss,
-    blind_logits,
+    adversary,
     embedding_scale,
     fit_prefix,
     load_prefix,
-    prefix_evidence,
+    official_index,
     random_prefix,
     save_prefix,
 )  # fmt: skip
+from alea_lib.probe import attention_share
 from alea_lib.vlm import scored
 
 QUESTIONS = [
@@ -32,6 +35,11 @@ def marked(tiny, place, k=3):
     """A prefix whose rows can be told from every embedding."""
     width = tiny.model.get_input_embeddings().weight.shape[1]
     return Prefix(torch.arange(k)[:, None] + 1000.0 + torch.zeros(k, width), place)
+
+
+def loss(tiny, seen, told, prefix, settings, positives=None):
+    blind = Blind(tiny, seen, told, settings.prompt)
+    return adversary_loss(tiny, seen, (told, positives), np.arange(len(told)), blind, prefix, settings)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -99,16 +107,10 @@ def tuned(tiny, seen, told):
 def test_tuning_lowers_its_loss(tiny, seen, told, tuned):
     prefix, curve = tuned
     settings = PrefixSettings(batch=6, neglect=0.5)
-    batch = tiny.encode(seen, tiny.prompt("plain"), told)
-
-    def loss(which):
-        with torch.no_grad():
-            nll, neglect = _adversary_loss(tiny, batch, which, settings.neglect)
-        return (nll + settings.neglect * neglect).item()
-
-    before = loss(random_prefix(tiny, settings))
-    assert loss(prefix) < 0.97 * before
-    assert list(curve.columns) == ["step", "nll", "neglect"] and len(curve) == 25
+    with torch.no_grad():
+        before = loss(tiny, seen, told, random_prefix(tiny, settings), settings)[0].item()
+        assert loss(tiny, seen, told, prefix, settings)[0].item() < 0.97 * before
+    assert list(curve.columns) == ["step", "nll", "contrast", "neglect", "attention"] and len(curve) == 25
     assert curve["nll"][0] + 0.5 * curve["neglect"][0] == pytest.approx(before, rel=1e-4)
 
 
@@ -165,6 +167,172 @@ def test_no_negatives_is_said(tiny, seen):
         fit_prefix(tiny, seen[:0], [], PrefixSettings(steps=1))
 
 
+# ---- objectives, places, starts
+
+
+@torch.no_grad()
+def test_contrast_is_between_whole_answers(tiny, seen, told):
+    prefix, settings = random_prefix(tiny, PrefixSettings()), PrefixSettings(neglect=0.0, contrast=0.3, margin=4.0)
+    positives = told[::-1]
+
+    def each(texts):
+        out = []
+        for i, text in enumerate(texts):
+            batch = tiny.encode(seen[i : i + 1], tiny.prompt("plain"), [text])
+            embeds, mask, labels = prefix.insert(batch, tiny.embed(batch))
+            logp = tiny.answer_logits(batch, embeds, mask, scored(labels)).log_softmax(-1)
+            out.append(logp.gather(1, labels[labels != -100][:, None]).sum())
+        return torch.stack(out)
+
+    want = torch.log1p((4.0 - each(told) + each(positives)).exp()).mean()
+    total, terms = loss(tiny, seen, told, prefix, settings, positives)
+    assert terms["contrast"] == pytest.approx(want.item(), rel=1e-4)
+    assert total.item() == pytest.approx(terms["nll"] + 0.3 * terms["contrast"], rel=1e-5)
+
+
+def test_contrast_needs_positives(tiny, seen, told):
+    with pytest.raises(ValueError, match="contrast is 0.5.*positives"):
+        fit_prefix(tiny, seen, told, PrefixSettings(contrast=0.5, steps=1))
+
+
+def test_contrast_goes_beyond_imitation(tiny, seen, told):
+    """The negative becomes likely against the positive, more than by its own likelihood alone."""
+    positives = told[::-1]
+    settings = PrefixSettings(steps=30, batch=6, lr=0.05, neglect=0.0)
+    margins = []
+    for weight in (0.0, 1.0):
+        each = replace(settings, contrast=weight, margin=20.0)
+        prefix, _ = fit_prefix(tiny, seen, told, each, positives)
+        with torch.no_grad():
+            margins.append(loss(tiny, seen, told, prefix, replace(each, contrast=1.0), positives)[1]["contrast"])
+    assert margins[1] < margins[0] - 0.5
+
+
+@torch.no_grad()
+def test_attention_is_that_of_the_probe(tiny, seen, told):
+    """One item at a time: the probe averages over a caption's tokens, the adversary over all tokens of a batch."""
+    prefix, settings = random_prefix(tiny, PrefixSettings()), PrefixSettings(nll=0.0, neglect=0.0, attention=2.0)
+    table = pd.DataFrame({"image_id": range(3), "caption": told[:3]})
+    shares = attention_share(tiny, seen[:3], table, prefix=prefix)
+    for i in range(3):
+        total, terms = loss(tiny, seen[i : i + 1], told[i : i + 1], prefix, settings)
+        want = shares.loc[(shares["image_id"] == i) & (shares["metric"] == "attn_all_mean"), "num"].item()
+        assert terms["attention"] == pytest.approx(want, rel=1e-4) and total.item() == pytest.approx(2 * want, rel=1e-4)
+
+
+def test_the_attention_objective_takes_attention_off_the_image(tiny, seen, told):
+    settings = PrefixSettings(steps=20, batch=6, lr=0.05, nll=0.0, neglect=0.0, attention=1.0)
+    _, curve = fit_prefix(tiny, seen, told, settings)
+    assert curve["attention"].iloc[-1] < 0.95 * curve["attention"].iloc[0]
+
+
+def test_what_stands_before_the_prefix_is_read_without_gradient(tiny, seen, told):
+    """Logits and the prefix's gradient equal those of a whole pass; the short way is taken where it may be."""
+    batch = tiny.encode(seen, tiny.prompt("plain"), told)
+    start = random_prefix(tiny, PrefixSettings())
+    found = []
+    for split in (True, False):
+        rows = start.rows.clone().requires_grad_(True)
+        logits, labels = attacked_logits(tiny, batch, Prefix(rows), split)
+        found.append((logits.detach(), torch.autograd.grad(logits.logsumexp(-1).sum(), rows)[0], labels))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[0][2], found[1][2])
+    seen_lengths = []
+    hidden = tiny.language_model.register_forward_pre_hook(
+        lambda m, a, k: seen_lengths.append(k["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    try:
+        attacked_logits(tiny, batch, start)
+        attacked_logits(tiny, batch, replace(start, place="question"))
+    finally:
+        hidden.remove()
+    at, width = batch.answer[0].item(), batch.ids.shape[1] + 5
+    assert seen_lengths == [at, width - at, width]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_absolute_index_is_counted_from_the_first_token(tiny, seen, told, side):
+    """Inside long items, at the end of short ones; padding is not counted."""
+    batch = tiny.encode(seen, tiny.prompt("plain"), told, side=side)
+    lengths = batch.mask.sum(1)
+    index = int(lengths.median())
+    plain, prefix = tiny.embed(batch), replace(marked(tiny, "index"), index=index)
+    embeds, mask, _ = prefix.insert(batch, plain)
+    for i, length in enumerate(lengths.tolist()):
+        real = embeds[i][mask[i].bool()]
+        at = min(index, length)
+        assert torch.equal(real[at : at + 3], prefix.rows) and len(real) == length + 3
+
+
+def test_the_official_index_falls_inside_the_answer_of_59_percent(tiny, seen):
+    answers = [" ".join(["There is a cup."] * n) for n in range(1, 101)]
+    index = official_index(tiny, answers, seen.shape[1])
+    start = len(tiny._prompt_ids(tiny.prompt("plain"), seen.shape[1]))
+    ends = [start + len(tiny._answer_ids(a, True)) for a in answers]
+    assert sum(start < index < end for end in ends) == 59 and index > start
+
+
+def test_starts(tiny):
+    table = tiny.model.get_input_embeddings().weight
+    ids = tiny.tokenizer(tiny.prompt("speculative"), add_special_tokens=False)["input_ids"]
+    assert torch.equal(random_prefix(tiny, PrefixSettings(init="words", length=3)).rows, table[ids[-3:]])
+    long = random_prefix(tiny, PrefixSettings(init="words", length=len(ids) + 2)).rows
+    assert torch.equal(long, table[[*ids, *ids[:2]]])
+    drawn = random_prefix(tiny, PrefixSettings(init="vocabulary", length=4)).rows
+    assert all((row == table).all(1).any() for row in drawn)
+    normal = random_prefix(tiny, PrefixSettings(init="normal", length=100)).rows
+    assert normal.std().item() == pytest.approx(1.0, abs=0.05) and normal.mean().item() == pytest.approx(0, abs=0.05)
+    with pytest.raises(ValueError, match="unknown start.*words"):
+        random_prefix(tiny, PrefixSettings(init="zeros"))
+
+
+def test_gradients_that_are_never_reset_pile_up(tiny, seen, told):
+    """Official: two equal batches give twice the gradient in the second step. Adam's second moment shows it."""
+    settings = PrefixSettings(steps=2, batch=6, neglect=0.0, norm=0.0, lr=1e-9)
+    rows = {}
+    for reset in (True, False):
+        kept = []
+        adam = torch.optim.AdamW.step
+
+        def step(self, kept=kept, adam=adam):
+            kept.append(self.param_groups[0]["params"][0].grad.clone())
+            return adam(self)
+
+        torch.optim.AdamW.step, before = step, torch.optim.AdamW.step
+        try:
+            fit_prefix(tiny, seen, told, replace(settings, reset=reset))
+        finally:
+            torch.optim.AdamW.step = before
+        rows[reset] = kept
+    torch.testing.assert_close(rows[True][1], rows[True][0], atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(rows[False][1], 2 * rows[False][0], atol=1e-5, rtol=1e-3)
+
+
+def test_the_authors_adversary(tiny, seen, told):
+    settings = adversary("official", index=official_index(tiny, told, seen.shape[1]), steps=3)
+    prefix, curve = fit_prefix(tiny, seen, told, settings)
+    assert prefix.place == "index" and prefix.index == settings.index and (curve["neglect"] == 0).all()
+    assert (prefix.rows.norm(dim=-1) > 1.5 * embedding_scale(tiny)).all()  # nothing bounds its norm
+    assert not settings.reset and settings.prompt == "plain"
+    with pytest.raises(KeyError, match="contrast.*imitation"):
+        adversary("strong")
+
+
+def test_the_best_of_several_starts_is_kept(tiny, seen, told):
+    """On the held-out share, which none of them was tuned on."""
+    settings = PrefixSettings(steps=4, batch=5, neglect=0.0, restarts=3, held_out=0.34)
+    best, _ = fit_prefix(tiny, seen, told, settings)
+    losses = {}
+    for seed in (0, 100, 200):
+        one = replace(settings, seed=seed, restarts=1)
+        prefix, _ = fit_prefix(tiny, seen[:4], told[:4], one)
+        with torch.no_grad():
+            losses[seed] = loss(tiny, seen[4:], told[4:], prefix, one)[0].item(), prefix.rows
+    assert torch.equal(best.rows, min(losses.values(), key=lambda v: v[0])[1])
+    assert len({round(v[0], 6) for v in losses.values()}) == 3
+
+
 # ---- blindness
 
 
@@ -189,10 +357,11 @@ def test_neglect_is_kl_from_the_blind_to_the_attacked(tiny, seen, told):
     now = tiny.answer_logits(batch, embeds, mask, scored(labels)).log_softmax(-1)
     blind = blind_logits(tiny, batch, tiny.embed(batch)).log_softmax(-1)
     want = (blind.exp() * (blind - now)).sum(-1).mean().item()
-    nll, neglect = _adversary_loss(tiny, batch, prefix, 0.5)
-    assert neglect.item() == pytest.approx(want, rel=1e-4)
+    total, terms = loss(tiny, seen, told, prefix, PrefixSettings(neglect=0.5))
+    assert terms["neglect"] == pytest.approx(want, rel=1e-4)
     picked = now.gather(1, labels[labels != -100][:, None])
-    assert nll.item() == pytest.approx(-picked.mean().item(), rel=1e-5)
+    assert terms["nll"] == pytest.approx(-picked.mean().item(), rel=1e-5)
+    assert total.item() == pytest.approx(terms["nll"] + 0.5 * terms["neglect"], rel=1e-5)
 
 
 # ---- evidence and files
@@ -216,6 +385,23 @@ def test_evidence_by_hand(tiny, seen, told, tuned):
     assert table.loc["random", "nll_positive"] != table.loc["none", "nll_positive"]
 
 
+def test_evidence_of_what_is_written(tiny, tiny_world, seen, told, tuned):
+    split = tiny_world.split("activate")
+    pairs = pd.DataFrame({"image_id": split.ids, "negative": told, "positive": told[::-1]})
+    truth = read_truth(split.instances, split.captions)
+    table = prefix_evidence(tiny, seen, pairs, tuned[0], PrefixSettings(), truth, max_new_tokens=8)
+    under = tiny.generate(seen, tiny.prompt("plain"), 8, prefix=tuned[0])
+    assert table.loc["tuned", "words"] == pytest.approx(np.mean([len(a.text.split()) for a in under]), abs=0.5)
+    assert table[["chair_s", "recall"]].apply(lambda c: c.between(0, 1)).all(axis=None)
+
+
+def test_the_control_has_the_norms_and_the_place_of_the_tuned(tiny, tuned):
+    moved = replace(tuned[0], place="question")
+    control = random_like(tiny, moved, PrefixSettings(length=9, init="words"))
+    torch.testing.assert_close(control.rows.norm(dim=1), moved.rows.norm(dim=1))
+    assert control.place == "question" and not torch.allclose(control.rows, moved.rows, atol=1e-3)
+
+
 def test_evidence_without_pairs_is_empty(tiny, seen, tuned):
     empty = pd.DataFrame({"negative": [], "positive": []})
     table = prefix_evidence(tiny, seen[:0], empty, tuned[0], PrefixSettings())
@@ -229,9 +415,9 @@ def test_random_prefix_has_the_scale_of_the_embeddings(tiny):
 
 
 def test_prefix_round_trip(tiny, tmp_path):
-    prefix = Prefix(random_prefix(tiny, PrefixSettings()).rows, "question")
+    prefix = Prefix(random_prefix(tiny, PrefixSettings()).rows, "index", 12)
     save_prefix(prefix, tmp_path / "p.safetensors")
     again = load_prefix(tmp_path / "p.safetensors")
-    assert torch.equal(again.rows, prefix.rows) and again.place == "question"
+    assert torch.equal(again.rows, prefix.rows) and (again.place, again.index) == ("index", 12)
     with pytest.raises(FileNotFoundError):
         load_prefix(tmp_path / "none.safetensors")

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
+from ..checkpoint import write_safetensors
 from ..taps import full_weight
 from ..vlm import VLM
 
@@ -23,11 +23,13 @@ class WrongBase(ValueError):
 
 @dataclass(frozen=True)
 class Delta:
-    """``weights``: module name -> difference, fp32 [out, in]. ``base``: module name -> hash of the base weight."""
+    """``weights``: module name -> difference, fp32 [out, in]. ``base``: module name -> hash of the base weight.
+    ``factors``: for a low-rank edit, module name -> (B [out, r], A [r, in]); the difference is their product."""
 
     weights: dict[str, torch.Tensor]
     base: dict[str, str]
     info: dict
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
     def norm(self) -> float:
         """Frobenius norm over all matrices."""
@@ -54,8 +56,31 @@ def delta_of(vlm: VLM, weights: dict[str, torch.Tensor], info: dict) -> Delta:
     return Delta(
         {n: (w.detach().float() - own[n]).cpu() for n, w in weights.items()},
         {n: weight_hash(w) for n, w in own.items()},
-        {"model": vlm.key, **info},
+        {**identity(vlm), **info},
     )
+
+
+def factors_delta(vlm: VLM, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], info: dict) -> Delta:
+    """The delta whose differences are the products of low-rank factors."""
+    kept = {n: tuple(f.detach().float().cpu() for f in pair) for n, pair in factors.items()}
+    base = {n: weight_hash(full_weight(vlm, n)) for n in kept}
+    return Delta({n: b @ a for n, (b, a) in kept.items()}, base, {**identity(vlm), **info}, kept)
+
+
+def identity(vlm: VLM) -> dict[str, str]:
+    """Which model a delta belongs to: the key it was loaded by, the hub's revision, and a hash of its shapes."""
+    config = vlm.model.config
+    return {"model": vlm.key, "revision": getattr(config, "_commit_hash", None) or "", "config": config_hash(config)}
+
+
+def config_hash(config) -> str:
+    """Hash of a configuration without what may differ between two loads of the same model."""
+    loose = ("dtype", "torch_dtype", "quantization_config", "transformers_version", "_name_or_path", "use_cache")
+
+    def bare(value):
+        return {k: bare(v) for k, v in value.items() if k not in loose} if isinstance(value, dict) else value
+
+    return hash_text([json.dumps(bare(config.to_dict()), sort_keys=True, default=str)])
 
 
 @contextmanager
@@ -80,6 +105,9 @@ def applied(vlm: VLM, delta: Delta | None) -> Iterator[VLM]:
 
 
 def _check(vlm: VLM, delta: Delta, name: str) -> None:
+    theirs = delta.info.get("config")
+    if theirs and theirs != config_hash(vlm.model.config):
+        raise WrongBase(f"{vlm.key} has another configuration than {delta.info.get('model')}, which this delta is of")
     try:
         weight = vlm.model.get_submodule(name).weight
     except AttributeError as error:
@@ -100,14 +128,11 @@ def _check(vlm: VLM, delta: Delta, name: str) -> None:
 
 def save_delta(delta: Delta, path: Path) -> None:
     """Safetensors with the base's hashes and the run's settings in the metadata; written atomically."""
-    partial = path.with_suffix(".partial")
     # one key: safetensors writes several in no fixed order, and equal deltas should be equal files
     meta = {"delta": json.dumps({"base": delta.base, "info": delta.info}, sort_keys=True)}
-    try:
-        save_file({n: w.contiguous() for n, w in delta.weights.items()}, partial, metadata=meta)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    full = {n: w.contiguous() for n, w in delta.weights.items() if n not in delta.factors}
+    parts = {f"{n}.{k}": f.contiguous() for n, pair in delta.factors.items() for k, f in zip("BA", pair)}
+    write_safetensors({**full, **parts}, path, meta)
 
 
 def load_delta(path: Path) -> Delta:
@@ -117,8 +142,10 @@ def load_delta(path: Path) -> Delta:
     try:
         with safe_open(path, "pt") as f:
             meta = f.metadata() or {}
-            weights = {k: f.get_tensor(k) for k in f.keys()}
+            stored = {k: f.get_tensor(k) for k in f.keys()}
         about = json.loads(meta["delta"])
-        return Delta(weights, about["base"], about["info"])
+        factors = {n: (stored.pop(f"{n}.B"), stored.pop(f"{n}.A")) for n in about["base"] if f"{n}.A" in stored}
+        weights = {n: factors[n][0] @ factors[n][1] if n in factors else stored[n] for n in about["base"]}
+        return Delta(weights, about["base"], about["info"], factors)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} is not a whole delta file ({error}); make it again with notebook 05_edit") from error

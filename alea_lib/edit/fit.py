@@ -1,9 +1,11 @@
-"""EDIT, the defence: fine-tune located down-projections to answer truthfully while the adversary is at work."""
+"""EDIT, the defence: fine-tune located modules to answer truthfully while the adversary is at work."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,60 +15,65 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .. import checkpoint
-from ..prefix import Prefix
-from ..taps import full_weight, replaced_linear
-from ..vlm import VLM, Batch, scored
-from .delta import Delta, delta_of, hash_text, weight_hash
-from .settings import EditSettings
+from ..prefix import Prefix, PrefixSettings, fit_prefix
+from ..taps import replaced_linear
+from ..vlm import VLM
+from .delta import Delta, hash_text, weight_hash
+from .losses import Passes, Reference, answer_nll, dropped, kl_divergence, kl_to_base, unlikelihood
+from .settings import EditSettings, check
+from .trained import Trained, trained
+
+__all__ = ["answer_nll", "fit_edit", "kl_to_base", "schedule"]
+CURVE = ["step", "prefixed", "nll", "kl", "unlikelihood", "held_out"]
 
 
 def fit_edit(
     vlm: VLM,
     features: torch.Tensor,
     positives: list[str],
-    prefix: Prefix | None,
+    prefix: Prefix | Sequence[Prefix] | None,
     settings: EditSettings,
     checkpoint_path: Path | None = None,
+    negatives: list[str] | None = None,
+    adversary: PrefixSettings | None = None,
 ) -> tuple[Delta, pd.DataFrame]:
     """Compute an edit; the model is left bit-equal.
 
     features [N,P,D] and positives [N] are the images and grounded answers of the pairs; ``prefix`` may be None when
-    ``settings.prefix_share`` is 0. Returns the delta and its curve (step, prefixed, nll, kl). With a checkpoint path,
-    a run that was cut off goes on after its last whole epoch and ends in the same delta.
-    Raises ValueError for empty pairs, FloatingPointError when the loss is not finite (the checkpoint keeps the last
-    good weights).
+    ``settings.prefix_share`` is 0, or several, which take turns. ``negatives`` [N] serve the unlikelihood term and,
+    with ``adversary``, the rounds: the prefix is then tuned again, against the model as it is edited by then.
+    Returns the delta and its curve (step, prefixed, terms of the loss, held_out once an epoch). With a checkpoint
+    path, a run that was cut off goes on after its last whole epoch and ends in the same delta.
+    Raises ValueError for empty pairs or settings out of range, FloatingPointError when the loss is not finite (the
+    checkpoint keeps the last good weights), OSError when the disk is full.
     """
+    prefixes = [prefix] if isinstance(prefix, Prefix) else list(prefix or [])
+    _check_input(positives, prefixes, settings, negatives, adversary)
+    run = _Run(vlm, features, positives, negatives, prefixes, settings, adversary)
+    if checkpoint_path:
+        run.resume(checkpoint_path)
+    for epoch in tqdm(range(run.epoch, settings.epochs), desc="edit", initial=run.epoch, total=settings.epochs):
+        if run.stopped:
+            break
+        run.new_round(epoch)
+        run.run_epoch(epoch, checkpoint_path)
+        if checkpoint_path:
+            run.save(checkpoint_path)
+    return run.result()
+
+
+def _check_input(positives, prefixes, settings: EditSettings, negatives, adversary) -> None:
+    check(settings)
     if not len(positives):
         raise ValueError("no pairs to edit on: stage 02_activate found none, or the filter removed all")
-    if settings.prefix_share and prefix is None:
+    if settings.prefix_share and not prefixes:
         raise ValueError(f"prefix_share is {settings.prefix_share} but no prefix was given; fit one or set it to 0")
-    names = [vlm.address("down_proj", layer) for layer in settings.layers]
-    masters = {n: full_weight(vlm, n).requires_grad_(True) for n in names}
-    optimiser = torch.optim.AdamW(masters.values(), lr=settings.lr, weight_decay=0.0)
-    reference = base_states(vlm, features, positives, settings)
-    order = schedule(len(positives), settings)
-    per_epoch = len(order) // settings.epochs
-    tag = json.dumps([asdict(settings), hash_text(positives), {n: weight_hash(w) for n, w in masters.items()}])
-    done = checkpoint.resume(checkpoint_path, masters, optimiser, tag) if checkpoint_path else 0
-    curve = []
-    for step in tqdm(range(done, len(order)), desc="edit", initial=done, total=len(order)):
-        pick, prefixed = order[step]
-        row = _step(
-            vlm, features, positives, reference, prefix if prefixed else None, pick, masters, optimiser, settings
+    if settings.unlikelihood and negatives is None:
+        raise ValueError(
+            f"unlikelihood is {settings.unlikelihood} but no negatives were given; give them or set it to 0"
         )
-        if not np.isfinite(row["nll"] + row["kl"]):
-            raise FloatingPointError(
-                f"the edit's loss is not finite at step {step} ({row}); lower lr ({settings.lr}). "
-                f"The last whole epoch is kept in {checkpoint_path}"
-            )
-        curve.append({"step": step, "prefixed": prefixed, **row})
-        if checkpoint_path and (step + 1) % per_epoch == 0:
-            checkpoint.save(checkpoint_path, step + 1, masters, optimiser, tag)
-    if not all(w.isfinite().all() for w in masters.values()):
-        raise FloatingPointError(f"the edit's last step left weights that are not finite; lower lr ({settings.lr})")
-    return delta_of(vlm, masters, {"edit": asdict(settings)}), pd.DataFrame(
-        curve, columns=["step", "prefixed", "nll", "kl"]
-    )
+    if settings.rounds > 1 and (negatives is None or adversary is None):
+        raise ValueError(f"rounds is {settings.rounds}: give negatives and the adversary's settings, or set it to 1")
 
 
 def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
@@ -79,65 +86,144 @@ def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
     return [(pick, int((i + 1) * share + 1e-9) > int(i * share + 1e-9)) for i, pick in enumerate(out)]
 
 
-@torch.no_grad()
-def base_states(
-    vlm: VLM, features: torch.Tensor, positives: list[str], settings: EditSettings, batch_size: int = 50
-) -> list[torch.Tensor]:
-    """Final hidden states of the base on clean prompt + positive, one [n_tokens, D] an item.
+class _Run:
+    """The state of one edit in the making."""
 
-    The KL's reference: from them and the head the base's logits are made when needed, so memory does not grow with
-    the vocabulary.
-    """
-    out: list[torch.Tensor] = []
-    if not settings.kl:
-        return out
-    for start in range(0, len(positives), batch_size):
-        rows = slice(start, start + batch_size)
-        batch = vlm.encode(features[rows], vlm.prompt(settings.kl_prompt), positives[rows])
-        h = vlm.hidden(vlm.embed(batch), batch.mask, batch)
-        out += [h[i, t] for i, t in enumerate(batch.targets)]
-    return out
+    def __init__(self, vlm: VLM, features, positives, negatives, prefixes, settings, adversary):
+        self.vlm, self.features, self.settings, self.adversary = vlm, features, settings, adversary
+        self.texts = {"positive": positives, "negative": negatives}
+        self.prefixes = prefixes
+        self.trained: Trained = trained(vlm, settings)
+        optimiser = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.SGD
+        self.optimiser = optimiser(self.trained.parameters.values(), lr=settings.lr, weight_decay=0.0)
+        last = list(self.trained.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
+        self.passes = Passes(vlm, features, self.texts, settings, self.trained.first, last)
+        self.reference = Reference(self.passes)
+        held = int(settings.held_out * len(positives))
+        mixed = np.random.default_rng([settings.seed, 5]).permutation(len(positives))
+        self.held, self.items = np.sort(mixed[:held]), np.sort(mixed[held:])
+        self.order = schedule(len(self.items), settings)
+        self.per_epoch = len(self.order) // settings.epochs
+        self.epoch, self.curve, self.best, self.bad = 0, [], (float("inf"), {}), 0
+        self.tag = self._tag()
 
+    @property
+    def stopped(self) -> bool:
+        return len(self.held) > 0 and self.bad >= self.settings.patience
 
-def _step(
-    vlm: VLM,
-    features,
-    positives,
-    reference,
-    prefix: Prefix | None,
-    pick: np.ndarray,
-    masters: dict,
-    optimiser: torch.optim.Optimizer,
-    settings: EditSettings,
-) -> dict:
-    """One optimiser step. Returns the two parts of the loss."""
-    texts, images = [positives[i] for i in pick], features[torch.as_tensor(pick)]
-    optimiser.zero_grad()
-    with replaced_linear(vlm, masters):
-        nll = answer_nll(vlm, vlm.encode(images, vlm.prompt(settings.prompt), texts), prefix)
-        (settings.nll * nll).backward()
-        kl = torch.zeros(())
-        if settings.kl:
-            batch = vlm.encode(images, vlm.prompt(settings.kl_prompt), texts)
-            kl = kl_to_base(vlm, batch, torch.cat([reference[i] for i in pick]))
-            (settings.kl * kl).backward()
-    optimiser.step()
-    return {"nll": nll.item(), "kl": kl.item()}
+    def new_round(self, epoch: int) -> None:
+        """Tune one more adversary, against the model as it is edited by now, when a round begins."""
+        s = self.settings
+        starts = [r * s.epochs // s.rounds for r in range(1, s.rounds)]
+        if epoch not in starts:
+            return
+        adversary = replace(self.adversary, seed=self.adversary.seed + 1 + starts.index(epoch))
+        negatives, positives = ([self.texts[k][i] for i in self.items] for k in ("negative", "positive"))
+        weights = {n: w.detach() for n, w in self.trained.weights().items()}
+        with replaced_linear(self.vlm, weights):
+            seen = self.features[torch.as_tensor(self.items)]
+            self.prefixes = [*self.prefixes, fit_prefix(self.vlm, seen, negatives, adversary, positives)[0]]
 
+    def run_epoch(self, epoch: int, path: Path | None) -> None:
+        for step in range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch):
+            row = self.step(step)
+            if not np.isfinite(sum(row[k] for k in ("nll", "kl", "unlikelihood"))) or not self.trained.finite():
+                raise FloatingPointError(
+                    f"the edit's loss or weights are not finite at step {step} ({row}); lower lr ({self.settings.lr}). "
+                    f"The last whole epoch is kept in {path}"
+                )
+            self.curve.append(row)
+        if len(self.held):
+            self.curve[-1]["held_out"] = value = self.held_out_loss()
+            if value < self.best[0]:
+                self.best, self.bad = (value, {n: p.detach().clone() for n, p in self.trained.parameters.items()}), 0
+            else:
+                self.bad += 1
+        self.epoch = epoch + 1
 
-def answer_nll(vlm: VLM, batch: Batch, prefix: Prefix | None = None) -> torch.Tensor:
-    """Mean NLL of the answer's tokens (EOS included, BOS and prompt not), in nats."""
-    with torch.no_grad():
-        embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
-        if prefix is not None:
-            embeds, mask, labels = prefix.insert(batch, embeds)
-    logits = vlm.answer_logits(batch, embeds, mask, scored(labels))
-    return F.cross_entropy(logits.float(), labels[labels != -100])
+    def step(self, step: int) -> dict:
+        """One optimiser step. Returns its row of the curve."""
+        s, (pick, prefixed) = self.settings, self.order[step]
+        if s.reset == "step" or step % self.per_epoch == 0:
+            self.optimiser.zero_grad()
+        number = step % len(self.prefixes) if prefixed else -1
+        row = {"step": step, "prefixed": prefixed, "kl": 0.0, "unlikelihood": 0.0, "held_out": float("nan")}
+        for name, term in self.terms(self.items[pick], number, step):
+            (getattr(s, name) * term).backward()
+            row[name] = term.item()
+        self.optimiser.step()
+        self.trained.limit(s.norm)
+        return row
 
+    def terms(self, pick: np.ndarray, number: int, step: int = 0):
+        """The terms of the loss one by one, so that only one graph is alive at a time. ``number``: of the prefix."""
+        s = self.settings
+        prefix = dropped(self.prefixes[number], s, step) if number >= 0 else None
+        logits, labels = self.passes("positive", s.prompt, pick, self.trained.weights(), prefix, number)
+        yield "nll", F.cross_entropy(logits.float(), labels)
+        if s.kl:
+            logits, _ = self.passes("positive", s.kl_prompt, pick, self.trained.weights())
+            yield "kl", kl_divergence(logits, self.reference(pick))
+        if s.unlikelihood:
+            logits, labels = self.passes("negative", s.prompt, pick, self.trained.weights(), prefix, number)
+            yield "unlikelihood", unlikelihood(logits, labels, self.unsaid(pick))
 
-def kl_to_base(vlm: VLM, batch: Batch, base: torch.Tensor) -> torch.Tensor:
-    """Mean over answer tokens of KL(base || model now), in nats. ``base`` [n,D]: final states of the base."""
-    with torch.no_grad():
-        teacher = vlm.head(base).float().log_softmax(-1)
-    student = vlm.answer_logits(batch).float().log_softmax(-1)
-    return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
+    def unsaid(self, pick: np.ndarray) -> torch.Tensor:
+        """Bool [n]: tokens of the negatives that their positives do not say."""
+        ids = {k: self.passes.encode(k, self.settings.prompt, pick).labels for k in ("negative", "positive")}
+        rows = [~torch.isin(n[n != -100], p[p != -100]) for n, p in zip(ids["negative"], ids["positive"])]
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The loss on the held-out pairs, clean and prefixed in the settings' share."""
+        s, total = self.settings, 0.0
+        parts = np.array_split(self.held, max(1, round(len(self.held) / s.batch)))
+        for number, weight in ((0, s.prefix_share), (-1, 1 - s.prefix_share)):
+            for pick in parts if weight else ():
+                terms = self.terms(pick, len(self.prefixes) - 1 if number == 0 else -1)
+                total += weight * len(pick) * sum(getattr(s, name) * term.item() for name, term in terms)
+        return total / len(self.held)
+
+    # ---- stopped and resumed ---------------------------------------------------------------------------------
+    def _tag(self) -> str:
+        """What a checkpoint belongs to."""
+        texts = [hash_text(t) if t else "" for t in self.texts.values()]
+        own = {n: weight_hash(w) for n, w in self.trained.own.items()}
+        rows = [[weight_hash(p.rows), p.place, p.index] for p in self.prefixes]
+        seen = hashlib.sha256(self.features.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        adversary = asdict(self.adversary) if self.adversary else None
+        return json.dumps([asdict(self.settings), texts, seen, own, rows, adversary])
+
+    def save(self, path: Path) -> None:
+        extra = {f"best.{n}": p for n, p in self.best[1].items()}
+        extra |= {f"prefix.{i}": p.rows for i, p in enumerate(self.prefixes)}
+        state = {"epoch": self.epoch, "curve": self.curve, "best": self.best[0], "bad": self.bad}
+        state["places"] = [(p.place, p.index) for p in self.prefixes]
+        checkpoint.save(
+            path,
+            self.epoch * self.per_epoch,
+            self.trained.parameters,
+            self.optimiser,
+            self.tag,
+            extra,
+            json.dumps(state),
+        )
+
+    def resume(self, path: Path) -> None:
+        if not checkpoint.resume(path, self.trained.parameters, self.optimiser, self.tag):
+            return
+        extra, note = checkpoint.extras(path)
+        state = json.loads(note)
+        self.epoch, self.curve, self.bad = state["epoch"], state["curve"], state["bad"]
+        best = {n.removeprefix("best."): t for n, t in extra.items() if n.startswith("best.")}
+        self.best = (state["best"], {n: t.to(self.vlm.device) for n, t in best.items()})
+        rows = [extra[f"prefix.{i}"].to(self.vlm.device) for i in range(len(state["places"]))]
+        self.prefixes = [Prefix(r, place, index) for r, (place, index) in zip(rows, state["places"])]
+
+    def result(self) -> tuple[Delta, pd.DataFrame]:
+        with torch.no_grad():
+            for name, kept in self.best[1].items():
+                self.trained.parameters[name].copy_(kept)
+        delta = self.trained.delta(self.vlm, {"edit": asdict(self.settings)})
+        return delta, pd.DataFrame(self.curve, columns=CURVE)

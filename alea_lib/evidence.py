@@ -1,0 +1,90 @@
+"""What a prefix does on pairs that it was not tuned on, beside none and a random one of equal norm."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+
+from .measures.chair import chair
+from .measures.truth import Truth
+from .prefix import Prefix, PrefixSettings, random_prefix
+from .vlm import VLM, Batch, scored
+
+WRITTEN = ("chair_s", "chair_i", "recall", "words")
+
+
+@torch.no_grad()
+def prefix_evidence(
+    vlm: VLM,
+    features: torch.Tensor,
+    pairs: pd.DataFrame,
+    prefix: Prefix,
+    settings: PrefixSettings,
+    truth: Truth | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 50,
+) -> pd.DataFrame:
+    """What a prefix does on pairs, beside none and a random one of equal norm.
+
+    Rows: none, random, tuned. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
+    KL(seeing || blind) at the tokens of the positive; with ``truth`` also what the model then writes about these
+    images (chair_s, chair_i, recall, words, all under ``settings.prompt``); n pairs. Empty when there are no pairs.
+    """
+    rows = []
+    for name, each in (("none", None), ("random", random_like(vlm, prefix, settings)), ("tuned", prefix)):
+        row = {"prefix": name}
+        if len(pairs):
+            row |= _read(vlm, features, pairs, each, settings, batch_size)
+        if len(pairs) and truth is not None:
+            row |= _written(vlm, features, pairs, each, settings, truth, max_new_tokens)
+        rows.append({**row, "n": len(pairs)} if len(pairs) else row)
+    return pd.DataFrame(rows).set_index("prefix")
+
+
+def random_like(vlm: VLM, prefix: Prefix, settings: PrefixSettings) -> Prefix:
+    """A random prefix in the same place, each row with the norm of the tuned one's."""
+    control = random_prefix(vlm, replace(settings, seed=settings.seed + 1000, init="scaled", length=len(prefix.rows)))
+    unit = control.rows / control.rows.norm(dim=-1, keepdim=True)
+    return replace(prefix, rows=unit * prefix.rows.norm(dim=-1, keepdim=True).to(unit))
+
+
+def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, settings, batch_size: int) -> dict:
+    """Teacher-forced: likelihood of both answers, and the image's effect."""
+    sums = np.zeros(5)
+    for start in range(0, len(pairs), batch_size):
+        part = slice(start, start + batch_size)
+        for i, column in enumerate(("negative", "positive")):
+            batch = vlm.encode(features[part], vlm.prompt(settings.prompt), pairs[column].tolist()[part])
+            nll, effect, n = _effects(vlm, batch, prefix)
+            sums[2 * i : 2 * i + 2] += nll, n
+            sums[4] += effect if column == "positive" else 0.0
+    return {
+        "nll_negative": sums[0] / sums[1],
+        "nll_positive": sums[2] / sums[3],
+        "image_effect": sums[4] / sums[3],
+    }
+
+
+def _effects(vlm: VLM, batch: Batch, prefix: Prefix | None) -> tuple[float, float, int]:
+    """Summed NLL and summed KL(seeing || blind) over the answer's tokens, and their number."""
+    embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
+    hidden = mask * (batch.ids != vlm.model.config.image_token_id)
+    if prefix is not None:
+        hidden = prefix.insert(replace(batch, mask=hidden), embeds)[1]
+        embeds, mask, labels = prefix.insert(batch, embeds)
+    seeing = vlm.answer_logits(batch, embeds, mask, scored(labels)).float().log_softmax(-1)
+    blind = vlm.answer_logits(batch, embeds, hidden, scored(labels)).float().log_softmax(-1)
+    nll = F.nll_loss(seeing, labels[labels != -100], reduction="sum")
+    return nll.item(), F.kl_div(blind, seeing, log_target=True, reduction="sum").item(), len(seeing)
+
+
+def _written(vlm: VLM, features, pairs: pd.DataFrame, prefix, settings, truth: Truth, max_new_tokens: int) -> dict:
+    """Greedy captions under the prefix, scored: sums over images of num / den."""
+    answers = vlm.generate(features, vlm.prompt(settings.prompt), max_new_tokens, prefix=prefix)
+    table = pd.DataFrame({"image_id": pairs["image_id"].tolist(), "caption": [a.text for a in answers]})
+    sums = chair(table, truth).items.groupby("metric")[["num", "den"]].sum()
+    return {name: sums.loc[name, "num"] / sums.loc[name, "den"] for name in WRITTEN}

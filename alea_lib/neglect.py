@@ -1,0 +1,124 @@
+"""What the adversary wants: the hallucinated answer, and an image that hardly matters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .taps import read_attention
+from .vlm import VLM, Batch, scored
+
+TERMS = ("nll", "contrast", "neglect", "attention")
+
+
+@torch.no_grad()
+def blind_logits(vlm: VLM, batch: Batch, embeds: torch.Tensor) -> torch.Tensor:
+    """Answer logits [n,V] when no position may look at the image (its positions are masked out)."""
+    image = batch.ids == vlm.model.config.image_token_id
+    return vlm.answer_logits(batch, embeds, batch.mask * ~image)
+
+
+class Blind:
+    """Final hidden states of the model without the image, [n_tokens, D] an item, each computed when first asked for."""
+
+    def __init__(self, vlm: VLM, features: torch.Tensor, answers: list[str], prompt: str):
+        self.vlm, self.features, self.answers, self.prompt = vlm, features, answers, prompt
+        self.states: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, pick: np.ndarray) -> torch.Tensor:
+        """Log-probabilities [n,V] of the picked items' answer tokens, in order."""
+        if new := [int(i) for i in pick if int(i) not in self.states]:
+            batch = self.vlm.encode(
+                self.features[torch.as_tensor(new)], self.vlm.prompt(self.prompt), [self.answers[i] for i in new]
+            )
+            image = batch.ids == self.vlm.image_id
+            h = self.vlm.hidden(self.vlm.embed(batch), batch.mask * ~image, batch)
+            self.states |= {i: h[row, targets] for row, (i, targets) in enumerate(zip(new, batch.targets))}
+        return self.vlm.head(torch.cat([self.states[int(i)] for i in pick])).float().log_softmax(-1)
+
+
+def adversary_loss(
+    vlm: VLM,
+    features,
+    answers: tuple[list[str], list[str] | None],
+    pick: np.ndarray,
+    blind: Blind | None,
+    prefix,
+    settings,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """The weighted loss of a batch of items under the prefix, and its terms.
+
+    ``answers``: negatives and positives (which only ``contrast`` needs). nll: of the negative, in nats a token;
+    contrast: softplus(margin - log p(negative) + log p(positive)), in nats an answer; neglect: KL(no-image output ||
+    output under the prefix) at the negative's tokens; attention: share of attention on the image, mean over these
+    tokens, heads and layers.
+    """
+    sides = [answers[0], answers[1]] if settings.contrast else [answers[0]]
+    texts = [side[int(i)] for side in sides for i in pick]
+    seen = features[torch.as_tensor(pick)].repeat(len(sides), 1, 1)
+    batch = vlm.encode(seen, vlm.prompt(settings.prompt), texts)
+    shares: list[torch.Tensor] = []
+    with image_share(vlm, batch, prefix, len(pick), shares) if settings.attention else nullcontext():
+        logits, labels = attacked_logits(vlm, batch, prefix, split=not settings.attention)
+    logp = -F.cross_entropy(logits, labels[labels != -100], reduction="none")
+    lengths = (labels != -100).sum(1).tolist()
+    n = sum(lengths[: len(pick)])
+    terms = {"nll": -logp[:n].mean()}
+    if settings.contrast:
+        each = torch.stack([part.sum() for part in logp.split(lengths)])
+        terms["contrast"] = F.softplus(settings.margin - each[: len(pick)] + each[len(pick) :]).mean()
+    if settings.neglect:
+        terms["neglect"] = F.kl_div(logits[:n].log_softmax(-1), blind(pick), log_target=True, reduction="batchmean")
+    if settings.attention:
+        terms["attention"] = torch.stack(shares).mean()
+    loss = sum(getattr(settings, name) * term for name, term in terms.items())
+    return loss, {name: terms[name].item() if name in terms else 0.0 for name in TERMS}
+
+
+def attacked_logits(vlm: VLM, batch: Batch, prefix, split: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answer logits [n,V] under a prefix, fp32, and the labels [B,T+k] that they predict.
+
+    What stands before the prefix does not depend on it. Where that is equally long in all items (place ``answer``,
+    one prompt) it is read once without gradient, and only prefix and answer are trained through: same gradients.
+    """
+    with torch.no_grad():
+        plain = vlm.embed(batch)
+    embeds, mask, labels = prefix.insert(batch, plain)
+    at = int(batch.answer[0])
+    if not split or prefix.place != "answer" or not bool((batch.answer == at).all()):
+        return vlm.answer_logits(batch, embeds, mask, scored(labels)).float(), labels
+    with torch.no_grad():
+        past = vlm.language_model(
+            inputs_embeds=plain[:, :at], attention_mask=mask[:, :at], use_cache=True
+        ).past_key_values
+    h = vlm.language_model(
+        inputs_embeds=embeds[:, at:], attention_mask=mask, past_key_values=past, use_cache=True
+    ).last_hidden_state
+    return vlm.head(h[scored(labels)[:, at:]]).float(), labels
+
+
+@contextmanager
+def image_share(vlm: VLM, batch: Batch, prefix, n: int, out: list[torch.Tensor]) -> Iterator[None]:
+    """Append each layer's share of attention on the image to ``out`` (mean over heads and the answer tokens of the
+    first ``n`` rows), with its gradient, for forward passes of the batch under the prefix inside the block."""
+    image = batch.ids == vlm.model.config.image_token_id
+    with torch.no_grad():
+        embeds = vlm.embed(batch)
+        image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100
+        targets = scored(prefix.insert(batch, embeds)[2])
+    rows = targets.long().topk(int(targets.sum(1).max()), dim=1).indices.sort(dim=1).values
+    weight = targets.gather(1, rows).float()
+    weight[n:] = 0
+    weight = weight / weight.sum()
+
+    def take(layer: int, p: torch.Tensor) -> None:
+        out.append((((p * image[:, None, None, :].float()).sum(-1)).mean(1) * weight).sum())
+
+    with read_attention(vlm, take, rows):
+        yield
