@@ -72,7 +72,7 @@ def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, settin
 def _effects(vlm: VLM, batch: Batch, prefix: Prefix | None) -> tuple[float, float, int]:
     """Summed NLL and summed KL(seeing || blind) over the answer's tokens, and their number."""
     embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
-    hidden = mask * (batch.ids != vlm.model.config.image_token_id)
+    hidden = mask * (batch.ids != vlm.image_id)
     if prefix is not None:
         hidden = prefix.insert(replace(batch, mask=hidden), embeds)[1]
         embeds, mask, labels = prefix.insert(batch, embeds)

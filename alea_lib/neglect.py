@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .layout import causal
 from .taps import read_attention
 from .vlm import VLM, Batch, scored
 
@@ -19,7 +20,7 @@ TERMS = ("nll", "contrast", "neglect", "attention")
 @torch.no_grad()
 def blind_logits(vlm: VLM, batch: Batch, embeds: torch.Tensor) -> torch.Tensor:
     """Answer logits [n,V] when no position may look at the image (its positions are masked out)."""
-    image = batch.ids == vlm.model.config.image_token_id
+    image = batch.ids == vlm.image_id
     return vlm.answer_logits(batch, embeds, batch.mask * ~image)
 
 
@@ -91,7 +92,8 @@ def attacked_logits(vlm: VLM, batch: Batch, prefix, split: bool = True) -> tuple
         plain = vlm.embed(batch)
     embeds, mask, labels = prefix.insert(batch, plain)
     at = int(batch.answer[0])
-    if not split or prefix.place != "answer" or not bool((batch.answer == at).all()):
+    whole = not split or vlm.row.told is not causal or prefix.place != "answer"
+    if whole or not bool((batch.answer == at).all()):
         return vlm.answer_logits(batch, embeds, mask, scored(labels)).float(), labels
     with torch.no_grad():
         past = vlm.language_model(
@@ -107,7 +109,7 @@ def attacked_logits(vlm: VLM, batch: Batch, prefix, split: bool = True) -> tuple
 def image_share(vlm: VLM, batch: Batch, prefix, n: int, out: list[torch.Tensor]) -> Iterator[None]:
     """Append each layer's share of attention on the image to ``out`` (mean over heads and the answer tokens of the
     first ``n`` rows), with its gradient, for forward passes of the batch under the prefix inside the block."""
-    image = batch.ids == vlm.model.config.image_token_id
+    image = batch.ids == vlm.image_id
     with torch.no_grad():
         embeds = vlm.embed(batch)
         image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100

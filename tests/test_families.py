@@ -18,7 +18,8 @@ from alea_lib.edit.settings import EditSettings
 from alea_lib.layout import causal, opened, reading_embeddings
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.prefix import Prefix, PrefixSettings, _adversary_loss, blind_logits, embedding_scale, random_prefix
+from alea_lib.neglect import Blind, adversary_loss, blind_logits
+from alea_lib.prefix import Prefix, PrefixSettings, embedding_scale, random_prefix
 from alea_lib.taps import read_attention, read_heads, read_layers, started_at
 from alea_lib.vlm import Batch, load
 
@@ -277,17 +278,21 @@ def test_an_answer_site_ablation_by_hand(vlm, features):
 
 
 def test_a_prefix_step_has_a_gradient(vlm, features):
-    batch = vlm.encode(features, QUESTIONS, ANSWERS)
     for place in ("answer", "question"):
-        rows = random_prefix(vlm, PrefixSettings(length=3)).rows.clone().requires_grad_(True)
-        nll, neglect = _adversary_loss(vlm, batch, Prefix(rows, place), 0.5)
-        (grad,) = torch.autograd.grad(nll + 0.5 * neglect, [rows])
-        assert (grad.norm(dim=-1) > 1e-5).all() and neglect > 0
+        settings = PrefixSettings(length=3, place=place, neglect=0.5)
+        rows = random_prefix(vlm, settings).rows.clone().requires_grad_(True)
+        blind = Blind(vlm, features, ANSWERS, settings.prompt)
+
+        def lost(at, place=place, settings=settings, blind=blind):
+            return adversary_loss(vlm, features, (ANSWERS, None), np.arange(3), blind, Prefix(at, place), settings)
+
+        loss, terms = lost(rows)
+        (grad,) = torch.autograd.grad(loss, [rows])
+        assert (grad.norm(dim=-1) > 1e-5).all() and terms["neglect"] > 0
         step = 1e-2 * grad / grad.norm()
         with torch.no_grad():
-            up, down = (sum(_adversary_loss(vlm, batch, Prefix(rows + s * step, place), 0.5)[:1]) for s in (1, -1))
-        (slope,) = torch.autograd.grad(_adversary_loss(vlm, batch, Prefix(rows, place), 0.5)[0], [rows])
-        assert (up - down).item() == pytest.approx(2 * (slope * step).sum().item(), rel=0.1, abs=1e-4)
+            up, down = (lost(rows + s * step)[0] for s in (1, -1))
+        assert (up - down).item() == pytest.approx(2 * (grad * step).sum().item(), rel=0.1, abs=1e-4)
 
 
 @torch.no_grad()

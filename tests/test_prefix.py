@@ -21,7 +21,7 @@ from alea_lib.prefix import (
     random_prefix,
     save_prefix,
 )  # fmt: skip
-from alea_lib.probe import attention_share
+from alea_lib.probe.grounding import attention_share
 from alea_lib.vlm import scored
 
 QUESTIONS = [

@@ -86,7 +86,7 @@ class Work:
     @cached_property
     def image(self) -> torch.Tensor:
         """[2n,T] bool: image positions."""
-        return self.batch.ids == self.vlm.model.config.image_token_id
+        return self.batch.ids == self.vlm.image_id
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -76,7 +76,7 @@ def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettin
         batch = replace(batch, questions=("",) * len(batch.ids))
     if s.prompt is not None and s.image:
         return batch
-    is_image = batch.ids == vlm.model.config.image_token_id
+    is_image = batch.ids == vlm.image_id
     asked = (batch.labels == -100) & ~is_image
     asked[torch.arange(len(asked)), asked.long().argmax(1)] = False  # the beginning-of-text token stays
     drop = torch.zeros_like(is_image)

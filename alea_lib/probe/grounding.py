@@ -74,7 +74,7 @@ def batches(
 
 def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one batch: the share of each head [B,L,H] and of the last layer's maximum [B]."""
-    image = batch.ids == vlm.model.config.image_token_id
+    image = batch.ids == vlm.image_id
     embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
     if prefix is not None:
         image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100
