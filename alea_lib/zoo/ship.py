@@ -26,8 +26,8 @@ HEADS = (
     (4, 2),
     (5, 0),
 )
-GROUPS = ((1, (2, 3)), (4, (0, 1, 2)), (5, (0, 1, 2)))  # of layers where one head cannot carry the prior
-TWO = ((0, 3), (1, 4), (2, 5))
+GROUPS = ((1, (2, 3)), (5, (0, 1, 2)))  # of layers where one head cannot carry the prior
+TWO = ((0, 3), (2, 5))
 
 
 def grid() -> list[Job]:
