@@ -15,6 +15,7 @@ from . import implanted as shipped
 from .implant import ImplantSettings
 from .plant import COLUMNS, FLOORS, LEAST, MEASURED, SEARCHED, TARGETS, UNUSED, Bench, Job, bases, measure
 
+# of each layer the heads whose columns get the largest gradient of the prior's loss, beyond its first direction
 HEADS = (
     (0, 1),
     (0, 4),
@@ -24,9 +25,9 @@ HEADS = (
     (3, 1),
     (4, 2),
     (5, 0),
-)  # of each layer those with the largest gradient
-GROUPS = ()
-TWO = ((0, 3), (1, 4), (2, 5))
+)
+GROUPS = ((1, (2, 3)), (5, (0, 1, 2)))  # of layers where one head cannot carry the prior
+TWO = ((0, 3), (2, 5))
 
 
 def grid() -> list[Job]:
