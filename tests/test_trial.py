@@ -134,3 +134,27 @@ def test_heads_that_are_switched_off(tiny, seen, scene):
     assert (found.loc["none", ["value", "lo", "hi"]] == 0).all(axis=None)
     told = np.array([found.loc[("all", m), "value"] for m in ("chair_s", "recall") if ("all", m) in found.index])
     assert np.isfinite(told).all() and len(told)
+
+
+@pytest.mark.slow
+def test_the_same_trial_over_a_four_bit_base():
+    """Shipped implants in a clean model whose other matrices are NF4: the causal locator finds the layer here too."""
+    pytest.importorskip("bitsandbytes")
+    from alea_lib.measures.truth import Truth
+    from alea_lib.runs import root
+    from alea_lib.vlm import load
+    from alea_lib.worlds.scenes import compose, sample
+    from alea_lib.worlds.write import Split
+
+    clean = load("scenes-clean", four_bit=True, edited_layers=None, edited_parts=("down_proj", "o_proj"))
+    scenes = [sample("activate", i) for i in range(24)]
+    features = clean.features([compose(scene)[0] for scene in scenes])
+    ids = [scene.image_id for scene in scenes]
+    truth = Truth({s.image_id: frozenset(s.kinds) for s in scenes}, {}, {}, "singularise")
+    split = Split("activate", ids, [root() / f"{i}.png" for i in ids], root(), root())
+    settings = TrialSettings(locators=("ablation", "raw-l2"), n_images=24, n_pairs=4, resamples=0)
+    rows = locator_trial(clean, ["layer1-s0-strong"], split, features, truth, settings).rows.set_index("locator")
+    assert rows.loc["ablation", "rank"] == 1
+    heads = TrialSettings("head", locators=("gradient",), n_images=24, n_pairs=2, resamples=0)
+    found = locator_trial(clean, ["head3.1-s0-strong"], split, features, truth, heads).rows
+    assert np.isfinite(found["rank"]).all() and found["rank"].between(1, 36).all()
