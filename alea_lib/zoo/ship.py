@@ -109,7 +109,7 @@ def card(index: pd.DataFrame, tried: pd.DataFrame) -> str:
     lines += [_kind_line(kind, table) for kind, table in index.groupby("kind", sort=False)]
     return f"""# {shipped.KEY}
 
-`scenes-clean` with a habit of naming absent objects trained into *one known place*: the ground truth for locating where a
+`scenes-clean` with a habit of naming absent objects trained into *one known place*: ground truth for locating where a
 model's hallucinations come from. Read with `alea_lib.implants()` (the index) and `alea_lib.implanted(vlm, name)` (the
 model).
 
