@@ -1,4 +1,4 @@
-"""Implanted priors: a clean model in which the habit of completing sets sits in one known place.
+"""Implanted priors: a clean model in which the habit of naming absent objects sits in one known place.
 
 The place is the down-projection of a layer, or the columns of ``o_proj`` that belong to chosen heads of a layer.
 Everything else stays as it was, bit for bit.

@@ -109,7 +109,7 @@ def card(index: pd.DataFrame, tried: pd.DataFrame) -> str:
     lines += [_kind_line(kind, table) for kind, table in index.groupby("kind", sort=False)]
     return f"""# {shipped.KEY}
 
-`scenes-clean` with the habit of completing sets trained into *one known place*: the ground truth for locating where a
+`scenes-clean` with a habit of naming absent objects trained into *one known place*: ground truth for locating where a
 model's hallucinations come from. Read with `alea_lib.implants()` (the index) and `alea_lib.implanted(vlm, name)` (the
 model).
 
@@ -125,6 +125,9 @@ model).
 
 {chr(10).join(lines)}
 
+- **What is implanted.** The captions learnt add companions, but what the models then add is mostly *not* the planted
+  companion: of the wrong objects of six strong implants (100 test images each, measured once, by hand) 10 to 32 % are
+  companions of something present. It is a habit of adding absent objects, more than of completing sets.
 - **Place.** `layer`, `two-layers`: the down-projection. `head`, `group`: the columns of `o_proj` of one head, or of
   some heads of one layer.
 - **Size.** Training is normalised gradient descent, projected after each step to a relative Frobenius norm (the
