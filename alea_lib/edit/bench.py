@@ -62,7 +62,8 @@ def bench_steps(s: Bench = Bench(), edited: tuple[int, ...] | None = None) -> pd
     """
     vlm, rng = random_model(s), np.random.default_rng(s.seed)
     features = torch.randn(s.items, 36, s.width, generator=torch.Generator().manual_seed(s.seed))
-    vocabulary = [w for w in vlm.tokenizer.get_vocab() if w.isalpha()]
+    known = [vlm.tokenizer.decode([i]).strip() for i in range(len(vlm.tokenizer))]
+    vocabulary = [w for w in known if w.isalpha()]
     texts = [" ".join(rng.choice(vocabulary, s.words)) for _ in range(s.items)]
     prefix, pick, rows = random_prefix(vlm, PrefixSettings(seed=s.seed)), np.arange(s.batch), []
     for n in edited or (1, s.layers // 4, s.layers // 2):
@@ -89,7 +90,10 @@ def _timed(act) -> float:
 def _loop(loop: str, vlm: VLM, features, texts, prefix: Prefix, layers: tuple[int, ...], pick: np.ndarray):
     """A function that computes one step's gradients, and the seconds that keeping costs for each item and condition."""
     settings = EditSettings(layers=layers, kl_reference="states", fast=loop == "fast")
-    made = trained(vlm, settings)
+    made, noise = trained(vlm, settings), torch.Generator().manual_seed(1)
+    with torch.no_grad():  # somewhere off the base, so that the KL pulls too
+        for p in made.parameters.values():
+            p += 0.1 * p.std() * torch.randn(p.shape, generator=noise)
     if loop == "official":
         return lambda: official_step(vlm, features, texts, prefix, made.parameters, pick, settings), 0.0
     passes = Passes(vlm, features, {"positive": texts}, settings, made.first, layers == (vlm.n_layers - 1,))
