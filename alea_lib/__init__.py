@@ -128,6 +128,7 @@ _EXPORTS = {
     "claims": "verdicts",
     "finding": "verdicts",
     "headline": "verdicts",
+    "robustness_finding": "verdicts",
     "side_by_side": "verdicts",
     "rows_of": "verdicts",
     "frontier_line": "verdicts",

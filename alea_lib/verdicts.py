@@ -86,6 +86,7 @@ def claims(metrics: pd.DataFrame) -> pd.DataFrame:
             evidence = f"{metric} {row['value']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
             rows.append((claim, paper, method, evidence, int(row["n"]), judge(row["lo"], row["hi"], bar), OTHER_WORLD))
     rows += [adversary(metrics, method) for method in ADVERSARY]
+    rows += [adversary(metrics, method, "chair_s", "attacked") for method in ADVERSARY]
     rows += [
         (claim, paper, "", why, 0, "not tested" if "construction" not in why else "holds", OTHER_WORLD)
         for claim, paper, why in UNTESTED
@@ -93,17 +94,18 @@ def claims(metrics: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["claim", "paper", "method", "evidence", "n", "scenes", "coco"])
 
 
-def adversary(metrics: pd.DataFrame, method: str) -> tuple:
-    """The row of one adversarial edit against plain supervised editing, on clean prompts.
+def adversary(metrics: pd.DataFrame, method: str, metric: str = "chair_s_diff", condition: str = "clean") -> tuple:
+    """The row of one adversarial edit against plain supervised editing, on clean prompts or under a fresh attack.
 
-    Both are differences to the same base model; only intervals that do not meet count ('holds': the adversarial edit
-    lowers CHAIRs more), which is stricter than a paired test.
+    Only intervals that do not meet count ('holds': the adversarial edit has the lower CHAIRs), which is stricter than
+    a paired test.
     """
-    own, plain = (one(metrics, "chair_s_diff", "chair", m) for m in (method, "no-prefix"))
+    own, plain = (one(metrics, metric, "chair", m, condition) for m in (method, "no-prefix"))
     judged = "holds" if own["hi"] < plain["lo"] else "does not hold" if own["lo"] > plain["hi"] else "not shown"
-    evidence = f"chair_s_diff {own['value']:+.3f} [{own['lo']:+.3f}, {own['hi']:+.3f}] against no-prefix "
+    evidence = f"{metric} {own['value']:+.3f} [{own['lo']:+.3f}, {own['hi']:+.3f}] against no-prefix "
     evidence += f"{plain['value']:+.3f} [{plain['lo']:+.3f}, {plain['hi']:+.3f}]"
-    claim = "The adversary helps beyond plain supervised editing (clean prompts)"
+    where = "clean prompts" if condition == "clean" else "under a fresh attack"
+    claim = f"The adversary helps beyond plain supervised editing ({where})"
     return claim, "the method's idea", method, evidence, int(own["n"]), judged, OTHER_WORLD
 
 
@@ -113,15 +115,16 @@ def studied(metrics: pd.DataFrame) -> str:
     return (edited if len(edited) else metrics)["model"].iloc[0]
 
 
-def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str) -> pd.Series:
+def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str, condition: str = "clean") -> pd.Series:
     """The single row of a measure on the test split, plain prompt, over all POPE settings."""
     mine = (metrics["model"] == studied(metrics)) & (metrics["method"] == method)
     found = metrics[mine & (metrics["metric"] == metric) & (metrics["benchmark"] == benchmark)]
     found = found[(found["setting"] == "all") if benchmark == "pope" else (found["prompt"] == "plain")]
-    found = found[~found["setting"].str.contains(CUT)]
+    found = found[~found["setting"].str.contains(CUT) & (found["condition"] == condition)]
     if len(found) != 1:
         raise KeyError(
-            f"metrics.csv has {len(found)} rows of {metric} for {method}, expected one: run notebook 06_measure for it"
+            f"metrics.csv has {len(found)} rows of {metric} for {method}, {condition}, expected one: run notebook "
+            f"{'06_measure' if condition == 'clean' else '10_robustness'} for it"
         )
     return found.iloc[0]
 
@@ -141,6 +144,24 @@ def finding(metrics: pd.DataFrame) -> str:
             f"`{method}`: {_percent(wrong)}; recall changes by {_points(lost)}; "
             f"{_points(gap)} below the truncation frontier."
         )
+    return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def robustness_finding(rows: pd.DataFrame, against: pd.DataFrame) -> str:
+    """What the attacks did, as a list in markdown. ``rows``: method, condition, metric, value, lo, hi; ``against``: the
+    same for methods minus ``no-prefix``."""
+    wrong = rows[(rows["metric"] == "chair_s")].set_index(["method", "condition"])
+    lines = [
+        f"`{method}`: {_percent(wrong.loc[(method, 'clean')])} of the captions name an absent object, "
+        f"{_percent(wrong.loc[(method, 'attacked')])} under a fresh attack on this very model."
+        for method in dict.fromkeys(rows["method"])
+    ]
+    bought = against[(against["metric"] == "chair_s") & (against["condition"] == "attacked")]
+    for row in bought.to_dict("records"):
+        said = (
+            verdict(row["lo"], row["hi"], -1).replace("holds", "shown").replace("does not hold", "the other way round")
+        )
+        lines.append(f"Fewer under attack with `{row['method']}` than with `no-prefix`: {_points(row)}, {said}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
@@ -177,7 +198,7 @@ def side_by_side(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | 
 def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
     """The rows of these measures of the studied model, plain prompt, whole captions; see :func:`side_by_side`."""
     rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
-    rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT)]
+    rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT) & rows["condition"].eq("clean")]
     overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
     return rows[overall if setting is None else rows["setting"].eq(setting)]
 

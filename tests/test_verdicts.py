@@ -16,6 +16,7 @@ from alea_lib.verdicts import (
     headline,
     kept,
     one,
+    robustness_finding,
     side_by_side,
     verdict,
 )
@@ -58,13 +59,15 @@ def row(metric, benchmark, method, value, lo, hi, **more):
     setting = "all" if benchmark == "pope" else "max64,keep"
     prompt = "" if benchmark == "pope" else "plain"
     return {"metric": metric, "benchmark": benchmark, "method": method, "value": value, "lo": lo, "hi": hi,
-            "n": 100, "setting": setting, "prompt": prompt, "model": "scenes-natural", **more}  # fmt: skip
+            "n": 100, "setting": setting, "prompt": prompt, "condition": "clean", "model": "scenes-natural",
+            **more}  # fmt: skip
 
 
 def all_rows():
     wanted = {(metric, benchmark, method) for _, _, metric, benchmark, method, _ in (*CLAIMS, *KEPT)}
     wanted |= {("chair_s_diff", "chair", "no-prefix")}
-    return [row(*key, -0.10, -0.20, -0.05) for key in sorted(wanted)]
+    attacked = [row("chair_s", "chair", m, 0.3, 0.2, 0.4, condition="attacked") for m in (*ADVERSARY, "no-prefix")]
+    return [row(*key, -0.10, -0.20, -0.05) for key in sorted(wanted)] + attacked
 
 
 @pytest.mark.parametrize("shift, judged", [(0.0, "not shown"), (0.5, "holds"), (-0.5, "does not hold")])
@@ -76,9 +79,33 @@ def test_the_adversary_is_judged_against_plain_editing(shift, judged):
     assert adversary(pd.DataFrame(rows), "alea-mixed")[5] == judged
 
 
+@pytest.mark.parametrize("shift, judged", [(0.0, "not shown"), (0.5, "holds"), (-0.5, "does not hold")])
+def test_the_adversary_is_judged_under_attack(shift, judged):
+    rows = all_rows()
+    for r in rows:
+        if r["method"] == "no-prefix" and r["condition"] == "attacked":
+            r.update({k: r[k] + shift for k in ("value", "lo", "hi")})
+    found = adversary(pd.DataFrame(rows), "alea-mixed", "chair_s", "attacked")
+    assert found[5] == judged and "under a fresh attack" in found[0]
+    assert adversary(pd.DataFrame(rows), "alea-mixed")[5] == "not shown"
+
+
+def test_the_robustness_finding_by_hand():
+    rows = [("no-prefix", "clean", 0.02), ("no-prefix", "attacked", 0.5), ("alea-mixed", "clean", 0.02)]
+    rows += [("alea-mixed", "attacked", 0.2)]
+    table = pd.DataFrame([{"method": m, "condition": c, "metric": "chair_s", "value": v, "lo": v - 0.01, "hi": v + 0.01}
+                          for m, c, v in rows])  # fmt: skip
+    one_row = {"method": "alea-mixed", "condition": "attacked", "metric": "chair_s", "value": -0.3}
+    text = robustness_finding(table, pd.DataFrame([{**one_row, "lo": -0.4, "hi": -0.2}]))
+    assert "50.0% (49.0% to 51.0%) under a fresh attack" in text and "-30.0 points (-40.0 to -20.0), shown." in text
+    for lo, hi, said in ((-0.4, 0.1, "not shown"), (0.1, 0.2, "the other way round")):
+        other = robustness_finding(table, pd.DataFrame([{**one_row, "lo": lo, "hi": hi}]))
+        assert other.strip().endswith(f"{said}.")
+
+
 def test_table_of_claims():
     table = claims(pd.DataFrame(all_rows()))
-    assert len(table) == len(CLAIMS) + len(KEPT) + len(ADVERSARY) + len(UNTESTED)
+    assert len(table) == len(CLAIMS) + len(KEPT) + 2 * len(ADVERSARY) + len(UNTESTED)
     assert list(table.columns) == ["claim", "paper", "method", "evidence", "n", "scenes", "coco"]
     found = table.set_index(["claim", "method"])["scenes"]
     assert found["The edit lowers hallucination in captions", "alea-corrected"] == "holds"  # asks for less
