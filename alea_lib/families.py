@@ -61,7 +61,7 @@ class Family:
     span: str = "{image}"  # what the image token stands for; {image} is repeated, once a position
     lead: str = " "  # stands before an answer
     end: str = ""  # the token that ends an answer; "" = the tokenizer's end of sequence
-    decoders: tuple[str, ...] = ("llama", "mistral", "qwen2")  # model types of the text part that the row holds for
+    decoders: tuple[str, ...] = ("llama",)  # model types of the text part that the row holds for
     canvas: int = 0  # images are padded to a square of so many pixels, so that all take equally many positions
     image_options: tuple[tuple[str, object], ...] = ()  # for the image processor
     nested: bool = False  # the image processor reads a list of images a text
@@ -104,7 +104,7 @@ TILES = {
     **decoder("model.text_model"),
 }
 ROWS = (
-    Family("llava", "llava", PROMPTS, short_answer=LLAVA_SHORT, **decoder()),
+    Family("llava", "llava", PROMPTS, short_answer=LLAVA_SHORT, decoders=("llama", "mistral"), **decoder()),
     Family("llava-small", "llava", PROMPTS_SMALL, **decoder()),
     Family(
         "llava-next-mistral", "llava_next", PROMPTS, short_answer=LLAVA_SHORT, canvas=672,
@@ -112,7 +112,7 @@ ROWS = (
     ),
     Family(
         "llava-next-vicuna", "llava_next", PROMPTS, short_answer=LLAVA_SHORT, canvas=672,
-        chat=VICUNA_SYSTEM + LLAVA_CHAT, decoders=("llama",), **decoder(),
+        chat=VICUNA_SYSTEM + LLAVA_CHAT, **decoder(),
     ),
     Family("smolvlm", "smolvlm", PROMPTS, **TILES),
     Family("idefics3", "idefics3", PROMPTS, **{**TILES, "chat": TILES["chat"].removeprefix("<|im_start|>")}),
@@ -123,7 +123,7 @@ ROWS = (
     ),
     Family(
         "instructblip", "instructblip", PROMPTS, short_answer="Question: {question} Short answer:",
-        chat="<image>{question}", decoders=("llama",), queries="num_query_tokens",
+        chat="<image>{question}", queries="num_query_tokens",
         see=layout.before_query, project=layout.queried, writer="language_model",
         unquantised=("vision_model", "qformer", "language_projection", "language_model.lm_head"),
         **decoder("language_model.model", "language_model.lm_head"),

@@ -119,6 +119,15 @@ def test_the_image_span(made, features):
         assert vlm.tokenizer.decode(answer[:-1]).strip() == ANSWERS[i] and answer[-1] == vlm.end_id
 
 
+def test_an_answer_is_tokenised_as_after_its_prompt(vlm, features):
+    """Prompt and answer tokenised apart are what they are together, blank or line end between them."""
+    batch = vlm.encode(features, QUESTIONS, ANSWERS, eos=False)
+    for i, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
+        whole = vlm.tokenizer(f"{vlm.chat(question)}{vlm.row.lead}{answer}", add_special_tokens=False)["input_ids"]
+        ours = batch.ids[i][batch.mask[i] == 1].tolist()
+        assert ours[-20:] == whole[-20:] and whole[-20:].index(vlm._answer_ids(answer, False)[0]) < 20
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_logits_equal_the_models_own(vlm, images, features, side):

@@ -11,7 +11,7 @@ from PIL import Image
 from alea_lib import vlm as module
 from alea_lib.families import FAMILIES, PROMPTS, PROMPTS_SMALL, Family, family
 from alea_lib.layout import opened
-from alea_lib.vlm import load, model_path
+from alea_lib.vlm import VLM, load, model_path
 
 QUESTIONS = [
     "Please describe this image in detail.",
@@ -97,6 +97,27 @@ def test_without_an_end_nothing_is_added(tiny, seen):
     batch = tiny.encode(seen[:1], QUESTIONS[0], ["There is a cup."], eos=False)
     assert tiny.tokenizer.eos_token_id not in batch.ids[0].tolist()
     assert batch.labels[0][-1] == batch.ids[0][-1]
+
+
+def test_answers_of_a_tokenizer_that_puts_a_blank_first():
+    """Llama's own tokenizer puts a blank before whatever it reads; an answer must not begin with two."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    text = ["USER: hi ASSISTANT: There is a cup."] * 9
+    made.train_from_iterator(text, trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"]))
+
+    class Reader:
+        tokenizer, row, end_id = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), FAMILIES["llava"], 0
+        answer_text, answer_ids = VLM.answer_text, VLM._answer_ids
+
+    read = Reader.tokenizer
+    prompt, whole = (read(t)["input_ids"] for t in ("USER: hi ASSISTANT:", "USER: hi ASSISTANT: There is a cup."))
+    assert prompt + Reader().answer_ids("There is a cup.", False) == whole
+    assert prompt + read(" There is a cup.")["input_ids"] != whole
 
 
 def test_both_sides_hold_the_same_tokens(tiny, seen, told):

@@ -78,7 +78,7 @@ def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettin
         return batch
     is_image = batch.ids == vlm.image_id
     asked = (batch.labels == -100) & ~is_image
-    asked[torch.arange(len(asked)), asked.long().argmax(1)] = False  # the beginning-of-text token stays
+    asked.scatter_(1, asked.long().argmax(1, keepdim=True), False)  # the beginning-of-text token stays
     drop = torch.zeros_like(is_image)
     if s.prompt is None:
         drop |= asked
