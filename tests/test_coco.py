@@ -461,13 +461,17 @@ def test_an_interrupted_call_leaves_nothing_that_looks_finished(server, catalogu
     assert 0 < len(there) < 24 and not (tmp_path / "w" / "world.json").exists()
     assert all(p.read_bytes() == FILES[f"/val2014/{p.name}"] for p in there)
     noted = {p for p in Lock(tmp_path / "w").entries if p.startswith("images/")}
-    assert noted == {f"images/val2014/{p.name}" for p in there}
+    assert noted <= {f"images/val2014/{p.name}" for p in there}
     with pytest.raises(FileNotFoundError, match="fetch coco"):
         World(tmp_path / "w")
     server.faults.clear()
     server.seen.clear()
     fetch_coco(tmp_path / "w", catalogue=catalogue, settings=QUICK)
-    assert len(server.asked("/val2014/")) == 24 - len(there) and not list((tmp_path / "w").rglob("*.partial*"))
+    again = server.asked("/val2014/")  # perhaps not all: a part may have been whole
+    assert (
+        again and len(set(again)) == len(again) and not {p.rpartition("/")[2] for p in again} & {p.name for p in there}
+    )
+    assert not list((tmp_path / "w").rglob("*.partial*"))
     assert check_coco(tmp_path / "w", catalogue)[1] == []
 
 

@@ -127,9 +127,9 @@ def fetch(items: list[Item], lock: Lock, settings: FetchSettings = DEFAULT, titl
     pool = ThreadPoolExecutor(max_workers=max(1, settings.workers), thread_name_prefix="fetch")
     with tqdm(total=sum(i.size for i in todo), unit="B", unit_scale=True, desc=title, disable=None) as bar:
         try:
-            futures.update(
-                {pool.submit(download, i, lock.folder, lock.sum(i.path), settings, stop, bar.update): i for i in todo}
-            )
+            for item in todo:
+                job = pool.submit(download, item, lock.folder, lock.sum(item.path), settings, stop, bar.update)
+                futures[job] = item
             for future in as_completed(futures):
                 future.result()
         finally:  # on an error and on Ctrl-C as well
