@@ -56,7 +56,9 @@ def test_league_and_finding_by_hand():
     assert table["locator"].tolist() == ["good", "bad"] and table["models"].tolist() == [10, 10]
     assert table.loc[0, "hit@1"] == "1.00 [1.00, 1.00]" and table.loc[1, "hit@1"] == "0.00 [0.00, 0.00]"
     official = layers[layers["locator"] == "bad"].assign(locator="official")
-    text = localisation_finding(pd.concat([layers, official]), rows_of_models("head"), n_layers=4, n_heads=4)
+    norm = layers[layers["locator"] == "good"].assign(locator="weight-norm")  # a control is no finder, however good
+    text = localisation_finding(pd.concat([layers, official, norm]), rows_of_models("head"), n_layers=4, n_heads=4)
+    assert "implant and decoy: 100% [100%, 100%]" in text and "`weight-norm` (100%" not in text
     assert "`good` (100% [100%, 100%])" in text and "`bad`" not in text and "(25%)" in text
     assert "`official` in 0% [0%, 0%] of the models" in text and "the head stands first" in text
 

@@ -6,6 +6,8 @@ import pandas as pd
 
 from .judge import TARGETS, aggregate, chance, kendall
 
+CONTROLS = ("random", "first", "last", "all", "weight-norm")
+
 
 def agreement(means: pd.DataFrame) -> pd.DataFrame:
     """Kendall's tau between the orders in which locators put the places, [locator, locator].
@@ -61,18 +63,20 @@ def localisation_finding(layers: pd.DataFrame, heads: pd.DataFrame, n_layers: in
     """What came out, as markdown: which locators find the layer and the head, and what the paper's distance does.
 
     ``layers``, ``heads``: rows of localisation.csv; ``n_heads`` counts those of all layers. A locator finds the place
-    when the whole interval of its hit@1 is above chance.
+    when the whole interval of its hit@1 is above chance; controls are told apart.
     """
     lines = []
     for what, rows, places in (("layer", layers, n_layers), ("head", heads, n_heads)):
         hits = aggregate(rows)
         hits = hits[hits["metric"] == "hit@1"].sort_values("value", ascending=False, kind="stable")
-        above = hits[hits["lo"] > chance(places)["hit@1"]]
+        above = hits[(hits["lo"] > chance(places)["hit@1"]) & ~hits["locator"].isin(CONTROLS)]
         named = ", ".join(f"`{r.locator}` ({_share(r)})" for r in above.itertuples()) or "none"
         lines.append(
             f"Of {rows['model'].nunique()} implanted models the {what} stands first, more often than by chance "
             f"({chance(places)['hit@1']:.0%}), for: {named}."
         )
+        norm = hits[hits["locator"] == "weight-norm"]
+        lines += [f"The control `weight-norm`, which sees implant and decoy: {_share(r)}." for r in norm.itertuples()]
         if what == "layer":
             paper = hits[hits["locator"].isin(["raw-l2", "official"])]
             shares = " and ".join(f"`{r.locator}` in {_share(r)}" for r in paper.itertuples())
