@@ -29,6 +29,7 @@ from alea_lib.runs.execute import brief, execute, guard, hide_injected
 from alea_lib.runs.imports import dependencies, parameters
 from alea_lib.runs.places import read_yaml
 from alea_lib.runs.study import clear_stale_lock, stale_reason
+from alea_lib.tables import read_csv, read_parquet
 
 
 @pytest.fixture
@@ -408,6 +409,15 @@ def test_published_tables_are_the_joined_ones(repository):
     out, target = collect("toy"), publish("toy")
     assert target == repository / "data" / "results" / "toy"
     assert {p.name: p.read_bytes() for p in out.glob("*")} == {p.name: p.read_bytes() for p in target.glob("*")}
+
+
+def test_large_tables_are_published_small(repository, monkeypatch):
+    measured(repository, [("03_measure", name) for name in ("base", "weak", "strong")])
+    out = collect("toy")
+    monkeypatch.setattr("alea_lib.runs.collect.LARGE", (out / "metrics.csv").stat().st_size - 1)
+    target = publish("toy")
+    assert not (target / "metrics.csv").exists() and (target / "notes.csv").exists()
+    pd.testing.assert_frame_equal(read_parquet(target / "metrics.parquet"), read_csv(out / "metrics.csv"))
 
 
 # ---- what is stale

@@ -13,6 +13,7 @@ RUN_COLUMNS = (
     "run_id", "stage", "git_commit", "dirty", "started_utc", "seconds", "device", "peak_mib", "threads",
     "torch", "transformers", "params_json", "inputs_sha256",
 )  # fmt: skip
+LARGE = 1_000_000  # bytes of a table
 
 
 def finished(profile: str, jobs: list[Job]) -> list[Path]:
@@ -57,14 +58,20 @@ def _join_located(folders: list[Path], path: Path) -> None:
 
 
 def publish(profile: str) -> Path:
-    """Copy a profile's joined tables to data/results/<profile>, where they are committed; returns that folder."""
-    from alea_lib.tables import replacing
+    """Copy a profile's joined tables to data/results/<profile>, where they are committed; returns that folder.
+
+    Tables larger than LARGE bytes become Parquet, a twentieth of the size.
+    """
+    from alea_lib.tables import read_csv, replacing, write_parquet
 
     source, target = places.results_dir(profile), places.root() / "data" / "results" / profile
     tables = sorted(source.glob("*.csv"))
     if not tables:
         raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
     for table in tables:
+        if table.stat().st_size > LARGE:
+            write_parquet(read_csv(table), target / f"{table.stem}.parquet")
+            continue
         with replacing(target / table.name) as temporary:
             temporary.write_bytes(table.read_bytes())
     return target
