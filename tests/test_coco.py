@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import socket
 import time
 from dataclasses import replace
@@ -447,7 +448,15 @@ def test_a_disk_that_fills_up_meanwhile(server, tmp_path, monkeypatch):
     assert get(item, tmp_path / "w") == 1
 
 
-def test_an_interrupted_call_leaves_nothing_that_looks_finished(server, catalogue, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background, whose shells ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_leaves_nothing_that_looks_finished(server, catalogue, tmp_path, interruptible):
     def enough(handler):
         _thread.interrupt_main()
         handler.whole(keep=500)
