@@ -8,13 +8,12 @@ and ``run_last`` is two matrix products. Gradients are those of the whole forwar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
-from .taps import replaced_linear
+from .taps import replaced_linear, started_at
 from .vlm import VLM, scored
 
 
@@ -32,17 +31,6 @@ class Cached:
 
 class _Reached(Exception):
     """The layer whose input is wanted was reached."""
-
-
-@contextmanager
-def bypassed(vlm: VLM, layers: range) -> Iterator[None]:
-    """Let decoder layers hand their input on unchanged inside the block."""
-    with ExitStack() as stack:
-        for layer in layers:
-            module = vlm.module("layer", layer)
-            module.forward = lambda hidden_states, *args, **kwargs: hidden_states
-            stack.callback(module.__dict__.pop, "forward")
-        yield
 
 
 @torch.no_grad()
@@ -79,7 +67,7 @@ def run_tail(vlm: VLM, layer: int, items: list[Cached]) -> torch.Tensor:
     for i, item in enumerate(items):
         mask[i, : len(item.states)] = 1
         wanted[i, : len(item.states)] = item.scored
-    with bypassed(vlm, range(layer)):
+    with started_at(vlm, layer, h):
         return vlm.head(vlm.hidden(h, mask)[wanted])
 
 
@@ -115,8 +103,8 @@ def run_last(vlm: VLM, items: list[Cached], weight: torch.Tensor) -> torch.Tenso
 
 
 def final_norm(vlm: VLM, h: torch.Tensor) -> torch.Tensor:
-    """The norm before the head, of states [n,D]: each its own sequence of one, with every layer bypassed."""
-    with bypassed(vlm, range(vlm.n_layers)):
+    """The norm before the head, of states [n,D]: each its own sequence of one, with every layer passed over."""
+    with started_at(vlm, vlm.n_layers, h[:, None]):
         return vlm.hidden(h[:, None], torch.ones(len(h), 1, dtype=torch.int64, device=h.device))[:, 0]
 
 

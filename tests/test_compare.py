@@ -57,7 +57,9 @@ def test_league_and_finding_by_hand():
     assert table.loc[0, "hit@1"] == "1.00 [1.00, 1.00]" and table.loc[1, "hit@1"] == "0.00 [0.00, 0.00]"
     official = layers[layers["locator"] == "bad"].assign(locator="official")
     norm = layers[layers["locator"] == "good"].assign(locator="weight-norm")  # a control is no finder, however good
-    text = localisation_finding(pd.concat([layers, official, norm]), rows_of_models("head"), n_layers=4, n_heads=4)
+    text = localisation_finding(
+        aggregate(pd.concat([layers, official, norm])), aggregate(rows_of_models("head")), n_layers=4, n_heads=4
+    )
     assert "implant and decoy: 100% [100%, 100%]" in text and "`weight-norm` (100%" not in text
     assert "`good` (100% [100%, 100%])" in text and "`bad`" not in text and "(25%)" in text
     assert "`official` in 0% [0%, 0%] of the models" in text and "the head stands first" in text
@@ -65,5 +67,5 @@ def test_league_and_finding_by_hand():
 
 def test_a_finding_without_a_winner_says_none():
     bad = rows_of_models().query("locator == 'bad'")
-    text = localisation_finding(bad, bad.assign(target="head"), n_layers=4, n_heads=4)
+    text = localisation_finding(aggregate(bad), aggregate(bad.assign(target="head")), n_layers=4, n_heads=4)
     assert text.count("for: none.") == 2

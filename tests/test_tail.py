@@ -10,8 +10,8 @@ from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.losses import Passes
 from alea_lib.edit.settings import EditSettings
 from alea_lib.prefix import PrefixSettings, random_prefix
-from alea_lib.tail import bypassed, cache_bytes, capture, capture_last, final_norm, layer_input, run_last, run_tail
-from alea_lib.taps import full_weight, replaced_linear
+from alea_lib.tail import cache_bytes, capture, capture_last, final_norm, layer_input, run_last, run_tail
+from alea_lib.taps import full_weight, replaced_linear, started_at
 from alea_lib.vlm import scored
 
 
@@ -92,7 +92,7 @@ def test_capture_runs_nothing_above(tiny, seen, told):
 def test_bypassed_layers_come_back_after_an_exception(tiny, seen, told):
     batch = tiny.encode(seen[:1], tiny.prompt("plain"), told[:1])
     before = tiny.answer_logits(batch)
-    with pytest.raises(KeyboardInterrupt), bypassed(tiny, range(3)):
+    with pytest.raises(KeyboardInterrupt), started_at(tiny, 3, tiny.embed(batch)):
         assert not torch.equal(tiny.answer_logits(batch), before)
         raise KeyboardInterrupt
     assert torch.equal(tiny.answer_logits(batch), before)

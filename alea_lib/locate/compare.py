@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .judge import TARGETS, aggregate, chance, kendall
+from .judge import TARGETS, chance, kendall
 
 CONTROLS = ("random", "first", "last", "all", "weight-norm")
 
@@ -62,17 +62,16 @@ def league(judged: pd.DataFrame) -> pd.DataFrame:
 def localisation_finding(layers: pd.DataFrame, heads: pd.DataFrame, n_layers: int, n_heads: int) -> str:
     """What came out, as markdown: which locators find the layer and the head, and what the paper's distance does.
 
-    ``layers``, ``heads``: rows of localisation.csv; ``n_heads`` counts those of all layers. A locator finds the place
+    ``layers``, ``heads``: what ``aggregate`` gives; ``n_heads`` counts those of all layers. A locator finds the place
     when the whole interval of its hit@1 is above chance; controls are told apart.
     """
     lines = []
     for what, rows, places in (("layer", layers, n_layers), ("head", heads, n_heads)):
-        hits = aggregate(rows)
-        hits = hits[hits["metric"] == "hit@1"].sort_values("value", ascending=False, kind="stable")
+        hits = rows[rows["metric"] == "hit@1"].sort_values("value", ascending=False, kind="stable")
         above = hits[(hits["lo"] > chance(places)["hit@1"]) & ~hits["locator"].isin(CONTROLS)]
         named = ", ".join(f"`{r.locator}` ({_share(r)})" for r in above.itertuples()) or "none"
         lines.append(
-            f"Of {rows['model'].nunique()} implanted models the {what} stands first, more often than by chance "
+            f"Of {hits['n'].max()} implanted models the {what} stands first, more often than by chance "
             f"({chance(places)['hit@1']:.0%}), for: {named}."
         )
         norm = hits[hits["locator"] == "weight-norm"]
