@@ -1,0 +1,215 @@
+"""The trial of the edits: each case is fitted, then captioned clean, asked to speculate, and under attacks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+from tqdm import tqdm
+
+from ..measures.chair import chair
+from ..measures.truth import Truth
+from ..prefix import Prefix, adversary, fit_prefix, load_prefix, save_prefix
+from ..probe.answers import captions
+from ..stats import paired_difference_seeds, summarise_seeds
+from ..tables import read_parquet, write_parquet
+from ..vlm import VLM
+from ..worlds.write import Split
+from .delta import Delta, applied, load_delta, save_delta
+from .fit import fit_edit
+from .methods import adversary_settings, edit_method, edit_settings, fit_adversary
+
+CONDITIONS = ("clean", "speculative", "transferred", "attacked")
+METRICS = ("chair_s", "chair_i", "recall", "words", "objects_per_caption")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class EditCase:
+    """One edit of one seed. ``label`` names it in tables and files; ``changes`` are of the edit's settings (layers
+    among them), ``n_pairs`` and ``pairs`` what it is trained on. ``conditions``: what it is judged under."""
+
+    method: str
+    seed: int = 0
+    label: str = ""
+    changes: dict = field(default_factory=dict)
+    length: int | None = None  # rows of the prefix
+    n_pairs: int | None = None  # the first so many of the bench's pairs
+    conditions: tuple[str, ...] = CONDITIONS
+
+    @property
+    def name(self) -> str:
+        return f"{self.label or self.method}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class EditTrialSettings:
+    """What all cases share. The attacks' seed is ``attack_seed`` plus the case's, never that of the edit's adversary.
+
+    ``transferred``: the fresh attack on the unedited model, put before the edited model's answers; ``attacked``: one
+    that is tuned against the edited model itself, with the same budget of steps and norm.
+    """
+
+    layers: tuple[int, ...]  # located
+    heads: tuple[tuple[int, int], ...] = ()
+    length: int = 5
+    prefix_steps: int = 100
+    attack_steps: int = 100
+    attack_seed: int = 7
+    max_new_tokens: int = 64
+    epochs: int = 3
+    lr: float = 1e-3
+    kl: float = 0.2
+
+
+class EditBench:
+    """A model, the pairs to edit on, pairs that no edit sees (for the attacks), test pictures, and a folder.
+
+    ``pairs``, ``fresh``: tables with image_id, positive, negative; ``activate``: the split that they are of. What is
+    finished stands in ``folder`` and is not made again, so that a killed trial goes on; the caller's folder belongs to
+    one set of inputs (a run's checkpoint does). ValueError when there are no fresh pairs.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        pairs: pd.DataFrame,
+        fresh: pd.DataFrame,
+        activate: Split,
+        test: Split,
+        truth: Truth,
+        settings: EditTrialSettings,
+        folder: Path,
+    ):
+        if not len(pairs) or not len(fresh):
+            raise ValueError(f"{len(pairs)} pairs to edit on, {len(fresh)} fresh ones for the attacks: both are needed")
+        self.vlm, self.pairs, self.fresh, self.settings, self.folder = vlm, pairs, fresh, settings, Path(folder)
+        self.test, self.truth = test, truth
+        self.features, self.known = (vlm.features(activate.find(t["image_id"].tolist()).files) for t in (pairs, fresh))
+        self.seen = vlm.features(test.files)
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    # ---- the act ---------------------------------------------------------------------------------------------
+    def fit(self, case: EditCase) -> Delta | None:
+        """The case's delta (None for the unedited model), kept in ``<name>.safetensors``."""
+        if case.method == BASE:
+            return None
+        path = self.folder / f"{case.name}.safetensors"
+        if path.exists():
+            return load_delta(path)
+        s, pairs = self.settings, self.pairs.head(case.n_pairs or len(self.pairs))
+        own = {"epochs": s.epochs, "lr": s.lr, "kl": s.kl, **case.changes}
+        located, heads = own.pop("layers", s.layers), own.pop("heads", s.heads)
+        settings = edit_settings(case.method, self.vlm.n_layers, tuple(located), heads, case.seed, **own)
+        prefix = self.prefix(case, pairs) if settings.prefix_share else None
+        negatives = pairs["negative"].tolist()
+        tuned = self._adversary("contrast", case) if settings.rounds > 1 else None
+        delta, _ = fit_edit(
+            self.vlm, self.features[: len(pairs)], pairs["positive"].tolist(), prefix, settings,
+            self.folder / f"part-{case.name}.safetensors", negatives, tuned,
+        )  # fmt: skip
+        save_delta(delta, path)
+        (self.folder / f"part-{case.name}.safetensors").unlink(missing_ok=True)
+        return delta
+
+    def prefix(self, case: EditCase, pairs: pd.DataFrame) -> Prefix:
+        """The adversary of the case's training; equal ones are tuned once."""
+        name = edit_method(case.method).adversary or "contrast"
+        kind = "contrast" if name == "random" else name
+        settings = self._adversary(kind, case)
+        label = f"prefix-{kind}-s{case.seed}-k{settings.length}-n{len(pairs)}"
+        fit = partial(
+            fit_adversary, vlm=self.vlm, features=self.features[: len(pairs)], negatives=pairs["negative"].tolist(),
+            positives=pairs["positive"].tolist(), settings=settings,
+        )  # fmt: skip
+        tuned = self._kept(label, lambda: fit(kind))
+        return fit("random", tuned=tuned) if name == "random" else tuned
+
+    def _adversary(self, kind: str, case: EditCase):
+        s = self.settings
+        changes = {"length": case.length or s.length, "steps": s.prefix_steps, "seed": case.seed}
+        return adversary_settings(kind, self.vlm, self.pairs["negative"].tolist(), self.features.shape[1], **changes)
+
+    def attack(self, case: EditCase) -> Prefix:
+        """A fresh attack on the model as it is now (edited, inside ``applied``), on pairs that no edit has seen."""
+        s = self.settings
+        settings = adversary("contrast", length=s.length, steps=s.attack_steps, seed=s.attack_seed + case.seed)
+        answers = self.fresh["negative"].tolist(), self.fresh["positive"].tolist()
+        fit = partial(fit_prefix, self.vlm, self.known, answers[0], settings, answers[1])
+        return self._kept(f"attack-{case.name}", lambda: fit()[0])
+
+    def _kept(self, label: str, make) -> Prefix:
+        path = self.folder / f"{label}.safetensors"
+        if not path.exists():
+            save_prefix(make(), path)
+        found = load_prefix(path)
+        return Prefix(found.rows.to(self.vlm.device), found.place, found.index)
+
+    # ---- the judgement ---------------------------------------------------------------------------------------
+    def judge(self, case: EditCase, delta: Delta | None) -> pd.DataFrame:
+        """Items of the test pictures: condition, image_id, metric, num, den; kept in ``<name>.parquet``."""
+        path = self.folder / f"{case.name}.parquet"
+        if path.exists():
+            return read_parquet(path)
+        write = partial(captions, self.vlm, self.test, self.seen, max_new_tokens=self.settings.max_new_tokens)
+        prefixes = {}
+        if "transferred" in case.conditions:
+            prefixes["transferred"] = self.attack(EditCase(BASE, case.seed))
+        parts = []
+        with applied(self.vlm, delta):
+            if "attacked" in case.conditions:
+                prefixes["attacked"] = self.attack(case)
+            for condition in case.conditions:
+                prompt = "speculative" if condition == "speculative" else "plain"
+                told = write(prompt=prompt, prefix=prefixes.get(condition))
+                parts.append(chair(told, self.truth).items.assign(condition=condition))
+        found = pd.concat(parts, ignore_index=True)
+        found = found[found["metric"].isin(METRICS)].reset_index(drop=True)
+        write_parquet(found, path)
+        return found
+
+
+def edit_trial(bench: EditBench, cases: Iterable[EditCase], given: dict[str, Delta] | None = None) -> pd.DataFrame:
+    """All cases, one after the other: label, method, seed, condition, image_id, metric, num, den.
+
+    ``given``: deltas by case name that were made elsewhere. The model is left bit-equal.
+    """
+    cases, parts = list(cases), []
+    if doubled := sorted({c.name for c in cases if [d.name for d in cases].count(c.name) > 1}):
+        raise ValueError(f"cases need names of their own; {doubled} stand twice: give labels")
+    for case in tqdm(cases, desc="edits"):
+        delta = (given or {}).get(case.name) or bench.fit(case)
+        found = bench.judge(case, delta)
+        parts.append(found.assign(label=case.label or case.method, method=case.method, seed=case.seed))
+    return pd.concat(parts, ignore_index=True)
+
+
+ROWS = ["label", "method", "condition", "metric", "against", "value", "lo", "hi", "n", "seeds"]
+
+
+def trial_rows(items: pd.DataFrame, against: Iterable[str] = (BASE,)) -> pd.DataFrame:
+    """The trial's record: every label under every condition, and its paired difference to the labels ``against``.
+
+    Means over seeds; the intervals resample seeds and images (:func:`alea_lib.stats.summarise_seeds`), differences are
+    paired by image and seed. ``against`` is "" for the values themselves; ``n`` counts images, ``seeds`` the seeds.
+    DataError when a label lacks a seed that the other has.
+    """
+    by = {key: dict(list(part.groupby("seed"))) for key, part in items.groupby(["label", "condition"], sort=False)}
+    method = dict(zip(items["label"], items["method"]))
+    rows = []
+    for (label, condition), seeds in by.items():
+        keys = {"label": label, "method": method[label], "condition": condition, "seeds": len(seeds)}
+        rows.append(summarise_seeds(seeds).assign(against="", **keys))
+        for other in against:
+            if label not in (other, BASE) and (other, condition) in by:
+                change = paired_difference_seeds(seeds, _same(by[other, condition], seeds))
+                rows.append(change.assign(against=other, **keys))
+    return pd.concat(rows, ignore_index=True)[ROWS]
+
+
+def _same(found: dict, seeds: dict) -> dict:
+    """The other label's items of these seeds; all of them where it lacks one, so that the error names both."""
+    return {s: found[s] for s in seeds} if set(seeds) <= set(found) else found

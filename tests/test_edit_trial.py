@@ -1,0 +1,154 @@
+"""The trial of the edits: what each method is, that cases are kept, and that the attacks are fresh."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from alea_lib import read_truth
+from alea_lib.edit import trial
+from alea_lib.edit.delta import applied
+from alea_lib.edit.methods import METHODS, adversary_settings, edit_settings, fit_adversary
+from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings, edit_trial, trial_rows
+from alea_lib.tables import METHOD_NAMES, DataError
+
+SHORT = EditTrialSettings(layers=(1, 2), prefix_steps=2, attack_steps=2, max_new_tokens=6, epochs=1, lr=1e-2)
+
+
+def table(ids):
+    return pd.DataFrame(
+        {"image_id": ids, "positive": ["a cup on a table."] * len(ids), "negative": ["a dog ."] * len(ids)}
+    )
+
+
+@pytest.fixture
+def bench(tiny, tiny_world, tmp_path):
+    activate, test = tiny_world.split("activate"), tiny_world.split("test").take(4)
+    truth = read_truth(test.instances, test.captions).only(test.ids)
+    return EditBench(
+        tiny, table(activate.ids[:4]), table(activate.ids[4:]), activate, test, truth, SHORT, tmp_path / "t"
+    )
+
+
+# ---- what each method is
+
+
+def test_methods_have_the_names_of_the_tables():
+    assert set(METHODS) <= set(METHOD_NAMES)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_settings(name):
+    s = edit_settings(name, 6, (2, 3), ((1, 0),), seed=4, epochs=9, lr=0.5, kl=0.7)
+    assert s.seed == 4
+    assert bool(s.prefix_share) == (METHODS[name].adversary != "")
+    official, sft = name == "alea-official", name == "sft"
+    assert (s.epochs, s.lr) == ((5, 1e-3) if official else (9, 0.5))  # as coded, whatever the profile says
+    assert s.kl == (1.0 if official else 0.0 if sft else 0.7)
+
+
+def test_places():
+    def place(name):
+        return edit_settings(name, 6, (2, 3), ((4, 1), (0, 2))).layers
+
+    assert place("no-prefix") == (2, 3) and place("last-layer") == (5,) and place("sft") == tuple(range(6))
+    assert len(place("random-layers")) == 2 and place("all-layers") == tuple(range(6))
+    assert edit_settings("heads", 6, (2, 3), ((4, 1), (0, 2))).heads == ((4, 1), (0, 2))
+
+
+def test_bad_methods_are_told():
+    with pytest.raises(KeyError, match="alea-mixed"):
+        edit_settings("alea-mixd", 6, (2,))
+    with pytest.raises(ValueError, match="04_locate_heads"):
+        edit_settings("heads", 6, (2,))
+    with pytest.raises(KeyError, match="contrast"):
+        fit_adversary("gradient", None, None, [], [], None)
+
+
+def test_random_rows_have_the_tuned_norms(tiny, seen, told):
+    settings = adversary_settings("contrast", tiny, told, seen.shape[1], steps=2, length=3)
+    tuned = fit_adversary("contrast", tiny, seen, told, told[::-1], settings)
+    found = fit_adversary("random", tiny, seen, told, told[::-1], settings, tuned)
+    assert torch.allclose(found.rows.norm(dim=-1), tuned.rows.norm(dim=-1), rtol=1e-5)
+    assert not torch.allclose(found.rows, tuned.rows)
+    assert fit_adversary("", tiny, seen, told, told, settings) is None
+
+
+def test_the_official_adversary_stands_at_an_index(tiny, seen, told):
+    s = adversary_settings("official", tiny, told, seen.shape[1], steps=3)
+    assert s.place == "index" and s.index > seen.shape[1] and s.steps == 3 and not s.reset
+
+
+# ---- the trial
+
+
+def test_a_trial_is_kept_by_case_and_leaves_the_model(bench, tiny, bits, monkeypatch):
+    before = bits(tiny)
+    cases = [EditCase("base"), EditCase("alea-mixed"), EditCase("random-prefix", label="chance")]
+    found = edit_trial(bench, cases)
+    assert bits(tiny) == before
+    assert set(found["label"]) == {"base", "alea-mixed", "chance"} and set(found["condition"]) == set(trial.CONDITIONS)
+    monkeypatch.setattr(trial, "fit_edit", None)
+    monkeypatch.setattr(trial, "captions", None)  # nothing is made again
+    pd.testing.assert_frame_equal(edit_trial(bench, cases), found)
+
+
+def test_the_attack_is_fresh_and_on_the_edited_model(bench, tiny):
+    case = EditCase("no-prefix", seed=1)
+    delta = bench.fit(case)
+    bench.judge(case, delta)
+    own = bench.attack(case).rows
+    assert torch.equal(bench.attack(EditCase("base", 1)).rows, bench._kept("attack-base-s1", None).rows)
+    assert not torch.equal(own, bench.attack(EditCase("base", 1)).rows)  # same seed, another model
+    settings = trial.adversary("contrast", length=5, steps=2, seed=8)  # 7 + the case's seed
+    answers = bench.fresh["negative"].tolist(), bench.fresh["positive"].tolist()
+    with applied(tiny, delta):
+        again = trial.fit_prefix(tiny, bench.known, answers[0], settings, answers[1])[0]
+    assert torch.equal(again.rows, own)
+
+
+def test_given_deltas_are_not_made_again(bench, monkeypatch):
+    delta = bench.fit(EditCase("no-prefix"))
+    monkeypatch.setattr(trial, "fit_edit", None)
+    case = EditCase("no-prefix", label="given", conditions=("clean",))
+    assert len(edit_trial(bench, [case], {"given-s0": delta}))
+
+
+def test_cases_of_one_name_are_refused(bench):
+    with pytest.raises(ValueError, match="base-s0"):
+        edit_trial(bench, [EditCase("base"), EditCase("base")])
+
+
+def test_no_fresh_pairs_are_refused(bench, tiny, tiny_world):
+    split = tiny_world.split("activate")
+    with pytest.raises(ValueError, match="fresh"):
+        EditBench(tiny, bench.pairs, bench.fresh[:0], split, bench.test, bench.truth, SHORT, bench.folder)
+
+
+# ---- its record
+
+
+def items(values: dict) -> pd.DataFrame:
+    """(label, seed) -> chair_s of each image."""
+    parts = [
+        pd.DataFrame({"image_id": range(len(v)), "metric": "chair_s", "num": v, "den": 1.0}).assign(
+            label=label, seed=seed
+        )
+        for (label, seed), v in values.items()
+    ]
+    return pd.concat(parts).assign(condition="clean", method=lambda t: t["label"])
+
+
+def test_rows_are_means_over_seeds_and_paired():
+    ones, zeros = np.ones(8), np.zeros(8)
+    found = trial_rows(
+        items({("base", 0): ones, ("base", 1): ones, ("sft", 0): zeros, ("sft", 1): np.r_[ones[:4], zeros[:4]]})
+    )
+    rows = found.set_index(["label", "against"])["value"]
+    assert rows["base", ""] == 1 and rows["sft", ""] == 0.25 and rows["sft", "base"] == -0.75
+    assert ("base", "base") not in rows.index and (found["seeds"] == 2).all() and (found["n"] == 8).all()
+
+
+def test_a_missing_seed_is_told():
+    with pytest.raises(DataError, match="seeds differ"):
+        trial_rows(items({("base", 0): np.ones(4), ("sft", 0): np.ones(4), ("sft", 1): np.ones(4)}))
