@@ -28,7 +28,7 @@ help:
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
 	@echo "make book                the book again, from finished runs"
 	@echo "make model SEED=0        train the small models (long)"
-	@echo "make publish PROFILE=thorough   run a profile (hours) and copy its tables to data/results"
+	@echo "make publish PROFILE=thorough   run a profile (hours) and copy its tables to data/results (ONLY=10_seeds: that stage)"
 	@echo "make implants            train the implants of the small clean model: ground truth for locating (long)"
 	@echo "make card                put the figures of the finished study on the model cards"
 	@echo "make clean               remove runs and the built book; models and .venv stay"
@@ -58,8 +58,8 @@ run: $(STAMP)
 	  $(if $(PARAMS),--set $(PARAMS))
 
 publish: $(STAMP)
-	@$(PY) -m alea_lib.runs study --profile $(PROFILE) --jobs $(JOBS) --target collect
-	@$(PY) -m alea_lib.runs publish --profile $(PROFILE)
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs study --profile $(PROFILE) --jobs $(JOBS) --target collect --only $(ONLY)
+	@$(PY) -m alea_lib.runs publish --profile $(PROFILE) --only $(ONLY)
 
 test: $(STAMP)
 	@$(PY) -m pytest tests

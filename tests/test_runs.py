@@ -23,6 +23,7 @@ from alea_lib.runs import (
     run_dir,
     settings,
 )
+from alea_lib.runs import collect as collect_tables
 from alea_lib.runs.__main__ import assignments, main
 from alea_lib.runs.collect import collect, publish
 from alea_lib.runs.execute import brief, execute, guard, hide_injected
@@ -408,7 +409,29 @@ def test_published_tables_are_the_joined_ones(repository):
     measured(repository, [("03_measure", name) for name in ("base", "weak", "strong")])
     out, target = collect("toy"), publish("toy")
     assert target == repository / "data" / "results" / "toy"
-    assert {p.name: p.read_bytes() for p in out.glob("*")} == {p.name: p.read_bytes() for p in target.glob("*")}
+    joined = {p.name: p.read_bytes() for p in out.glob("*")}
+    for name in collect_tables.JOINED:  # no stage wrote one
+        assert joined.pop(f"{name}.csv") == b"run_id\n"
+    assert joined == {p.name: p.read_bytes() for p in target.glob("*")}
+
+
+def test_single_stages_are_published_beside_what_is_there(repository):
+    measured(repository, [("03_measure", name) for name in ("base", "weak", "strong")])
+    with pytest.raises(RunError, match="runs no 09_nope; it has 01_make"):
+        publish("toy", ("09_nope",))
+    collect("toy")
+    target = publish("toy")
+    before = {name: read_csv(target / f"{name}.csv") for name in ("metrics", "runs")}
+    run = begin("02_edit", "toy", "weak", LR=0.25)
+    pd.DataFrame({"label": ["a"], "value": [1.0]}).to_csv(run.dir / "robustness.csv", index=False)
+    run.finish()
+    publish("toy", ("02_edit",))
+    after = {name: read_csv(target / f"{name}.csv") for name in ("metrics", "runs", "robustness")}
+    pd.testing.assert_frame_equal(after["metrics"], before["metrics"])
+    assert sorted(after["runs"]["stage"]) == sorted(before["runs"]["stage"])  # renewed, not doubled
+    assert after["robustness"]["run_id"].tolist() == [run.run_id] and run.run_id in set(after["runs"]["run_id"])
+    publish("toy", ("02_edit",))
+    assert len(read_csv(target / "robustness.csv")) == 1
 
 
 def test_large_tables_are_published_small(repository, monkeypatch):

@@ -33,6 +33,8 @@ def parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="join the tables of finished stages")
     book = commands.add_parser("book", help="build the book from finished stages")
     publish = commands.add_parser("publish", help="copy the joined tables to data/results, to be committed")
+    for sub in (study, publish):
+        sub.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone, all variants")
     for sub in (study, one, collect, book, publish):
         sub.add_argument("--profile", default="scenes")
     guard = commands.add_parser("guard", help="refuse notebooks that were not executed to their end")
@@ -61,7 +63,7 @@ def act(args: argparse.Namespace) -> int:
     if args.command == "study":
         from alea_lib.runs.study import study
 
-        return study(args.profile, args.jobs, args.target)
+        return study(args.profile, args.jobs, args.target, tuple(args.only))
     if args.command == "execute":
         from alea_lib.runs.execute import execute
 
@@ -74,7 +76,7 @@ def act(args: argparse.Namespace) -> int:
     elif args.command == "publish":
         from alea_lib.runs.collect import publish
 
-        print(f"tables copied to {publish(args.profile)}")
+        print(f"tables copied to {publish(args.profile, tuple(args.only))}")
     elif args.command == "book":
         from alea_lib.runs.book import build
 

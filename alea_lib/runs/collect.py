@@ -14,6 +14,8 @@ RUN_COLUMNS = (
     "torch", "transformers", "params_json", "inputs_sha256",
 )  # fmt: skip
 LARGE = 1_000_000  # bytes of a table
+JOINED = ("localisation", "robustness", "ablations", "rivals", "tuning")  # tables of single stages, with run_id added
+NAMES = ("metrics", "notes", "runs", *JOINED)
 
 
 def finished(profile: str, jobs: list[Job]) -> list[Path]:
@@ -29,52 +31,113 @@ def finished(profile: str, jobs: list[Job]) -> list[Path]:
 
 
 def collect(profile: str) -> Path:
-    """Write metrics.csv, notes.csv, runs.csv and localisation.csv of a profile; returns their folder."""
-    from alea_lib.tables import METRIC_COLUMNS, write_csv, write_metrics
-
+    """Write metrics.csv, notes.csv, runs.csv and the JOINED tables of a profile; returns their folder."""
     folders = finished(profile, [job for job in places.plan(profile) if not job.after_collect])
     out = places.results_dir(profile)
     out.mkdir(parents=True, exist_ok=True)
-    scores = _join(folders, "scores.csv", list(METRIC_COLUMNS))
-    try:
-        write_metrics(scores, out / "metrics.csv")
-    except ValueError as error:
-        raise RunError(f"the stages' scores do not make one table: {error}") from error
-    notes = _join(folders, "notes.csv", ["stage"])
-    write_csv(notes.sort_values(list(notes.columns), kind="stable"), out / "notes.csv")
-    write_csv(run_table(folders), out / "runs.csv")
-    _join_located(folders, out / "localisation.csv")
+    for name, table in tables(folders).items():
+        _write(name, table, out / f"{name}.csv")
     return out
 
 
-def _join_located(folders: list[Path], path: Path) -> None:
-    """The tables localisation.csv of the stages that tried locators, with the run that each row comes from."""
-    from alea_lib.tables import read_csv, write_csv
+def tables(folders: list[Path]) -> dict[str, pd.DataFrame]:
+    """The joined tables of these runs, by name."""
+    from alea_lib.tables import METRIC_COLUMNS
 
-    found = [f for f in folders if (f / "localisation.csv").exists()]
-    parts = [read_csv(f / "localisation.csv").assign(run_id=read_record(f)["run_id"]) for f in found]
-    joined = pd.concat([pd.DataFrame(columns=["run_id"]), *parts], ignore_index=True)  # no such stage: a bare header
-    write_csv(joined, path)
+    notes = _join(folders, "notes.csv", ["stage"])
+    return {
+        "metrics": _join(folders, "scores.csv", list(METRIC_COLUMNS)),
+        "notes": notes.sort_values(list(notes.columns), kind="stable"),
+        "runs": run_table(folders),
+        **{name: _join_with_run(folders, f"{name}.csv") for name in JOINED},
+    }
 
 
-def publish(profile: str) -> Path:
+def _write(name: str, table: pd.DataFrame, path: Path) -> None:
+    from alea_lib.tables import write_csv, write_metrics
+
+    if name != "metrics":
+        return write_csv(table, path)
+    try:
+        write_metrics(table, path)
+    except ValueError as error:
+        raise RunError(f"the stages' scores do not make one table: {error}") from error
+
+
+def _join_with_run(folders: list[Path], name: str) -> pd.DataFrame:
+    """The tables of that name, with the run that each row comes from; a bare header where no stage has one."""
+    from alea_lib.tables import read_csv
+
+    parts = [read_csv(f / name).assign(run_id=read_record(f)["run_id"]) for f in folders if (f / name).exists()]
+    return pd.concat([pd.DataFrame(columns=["run_id"]), *parts], ignore_index=True)
+
+
+def publish(profile: str, stages: tuple[str, ...] = ()) -> Path:
     """Copy a profile's joined tables to data/results/<profile>, where they are committed; returns that folder.
 
-    Tables larger than LARGE bytes become Parquet, a twentieth of the size.
+    ``stages``: publish the finished runs of these stages alone (all their variants); what other runs have published
+    stays, and rows of an earlier run of the same stage go. Tables larger than LARGE bytes become Parquet, a twentieth
+    of the size. RunError for a stage that the profile does not run.
     """
-    from alea_lib.tables import read_csv, replacing, write_parquet
-
-    source, target = places.results_dir(profile), places.root() / "data" / "results" / profile
-    tables = sorted(source.glob("*.csv"))
-    if not tables:
-        raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
-    for table in tables:
-        if table.stat().st_size > LARGE:
-            write_parquet(read_csv(table), target / f"{table.stem}.parquet")
-            continue
-        with replacing(target / table.name) as temporary:
-            temporary.write_bytes(table.read_bytes())
+    jobs = [job for job in places.plan(profile) if not job.after_collect]
+    target = places.root() / "data" / "results" / profile
+    if unknown := sorted(set(stages) - {job.stage for job in jobs}):
+        raise RunError(
+            f"profile {profile} runs no {', '.join(unknown)}; it has {', '.join({j.stage: 0 for j in jobs})}"
+        )
+    if not stages:
+        source = places.results_dir(profile)
+        if not any(source.glob("*.csv")):
+            raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
+        found, old = tables(finished(profile, jobs)), {}
+    else:
+        found = tables(finished(profile, [job for job in jobs if job.stage in stages]))
+        old = {name: _published(target, name) for name in found}
+    for name, table in _merged(old, found).items():
+        _publish_table(name, table, target)
     return target
+
+
+def _published(folder: Path, name: str) -> pd.DataFrame:
+    """A table of data/results, empty if there is none."""
+    from alea_lib.tables import read_csv, read_parquet
+
+    for path, read in ((folder / f"{name}.csv", read_csv), (folder / f"{name}.parquet", read_parquet)):
+        if path.exists():
+            return read(path)
+    return pd.DataFrame()
+
+
+def _merged(old: dict[str, pd.DataFrame], found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """What was published, without the rows of runs whose stage has a new one, and the new rows."""
+    if not old:
+        return found
+    before = old["runs"]
+    renewed = before[before["stage"].isin(found["runs"]["stage"])] if len(before) else before
+    gone = set(renewed["run_id"]) if len(renewed) else set()
+    out = {}
+    for name, table in found.items():
+        key, drop = ("stage", set(found["runs"]["stage"])) if name == "notes" else ("run_id", gone)
+        kept = old[name][~old[name][key].isin(drop)] if len(old[name]) else old[name]
+        out[name] = pd.concat([kept, table], ignore_index=True) if len(kept) else table
+    out["runs"] = out["runs"].sort_values("stage", kind="stable")
+    return out
+
+
+def _publish_table(name: str, table: pd.DataFrame, target: Path) -> None:
+    """As CSV or, where that is large, as Parquet; the other form of an earlier time goes."""
+    from alea_lib.tables import write_parquet
+
+    target.mkdir(parents=True, exist_ok=True)
+    small, large = target / f"{name}.csv", target / f"{name}.parquet"
+    if name in JOINED and not len(table):
+        return
+    _write(name, table, small)
+    if small.stat().st_size > LARGE:
+        write_parquet(table.reset_index(drop=True), large)
+        small.unlink()
+    else:
+        large.unlink(missing_ok=True)
 
 
 def _join(folders: list[Path], name: str, first: list[str]) -> pd.DataFrame:

@@ -71,13 +71,17 @@ def refresh(profile: str) -> None:
             (places.run_dir(profile, job.stage, job.variant) / "run.json").unlink()
 
 
-def study(profile: str, jobs: int, target: str = "all") -> int:
-    """Run what is missing of a profile and build the book; returns Snakemake's exit status."""
+def study(profile: str, jobs: int, target: str = "all", only: tuple[str, ...] = ()) -> int:
+    """Run what is missing of a profile and build the book (``only``: these stages and what they read, no book);
+    returns Snakemake's exit status."""
     root = places.root()
+    wanted = [f"data/runs/{profile}/{job.label}/run.json" for job in places.plan(profile) if job.stage in only]
+    if only and not wanted:
+        raise RunError(f"profile {profile} runs none of {', '.join(only)}")
     clear_stale_lock(root)
     refresh(profile)
     options = f"--snakefile notebooks/Snakefile --cores {jobs} --rerun-incomplete --config profile={profile}"
-    command = [sys.executable, "-m", "snakemake", target, "--directory", str(root), *options.split()]
+    command = [sys.executable, "-m", "snakemake", *(wanted or [target]), "--directory", str(root), *options.split()]
     command += ["--quiet", "rules", "host", "progress", "reason"]
     environment = {**os.environ, "ALEA_WATCH": str(os.getpid()), "ALEA_ROOT": str(root)}
     started = time.time()
