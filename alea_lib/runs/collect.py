@@ -126,7 +126,7 @@ def _merged(old: dict[str, pd.DataFrame], found: dict[str, pd.DataFrame]) -> dic
 
 def _publish_table(name: str, table: pd.DataFrame, target: Path) -> None:
     """As CSV or, where that is large, as Parquet; the other form of an earlier time goes."""
-    from alea_lib.tables import write_parquet
+    from alea_lib.tables import read_csv, write_parquet
 
     target.mkdir(parents=True, exist_ok=True)
     small, large = target / f"{name}.csv", target / f"{name}.parquet"
@@ -134,7 +134,7 @@ def _publish_table(name: str, table: pd.DataFrame, target: Path) -> None:
         return
     _write(name, table, small)
     if small.stat().st_size > LARGE:
-        write_parquet(table.reset_index(drop=True), large)
+        write_parquet(read_csv(small), large)
         small.unlink()
     else:
         large.unlink(missing_ok=True)
