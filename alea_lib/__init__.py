@@ -112,6 +112,7 @@ _EXPORTS = {
     "EditTrialSettings": "edit.trial",
     "edit_trial": "edit.trial",
     "trial_rows": "edit.trial",
+    "robustness_scores": "edit.trial",
     "export_adapter": "edit.export",
     "export_checkpoint": "edit.export",
     "write_edit_card": "edit.export",

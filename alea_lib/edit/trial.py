@@ -15,7 +15,7 @@ from ..measures.truth import Truth
 from ..prefix import Prefix, adversary, fit_prefix, load_prefix, save_prefix
 from ..probe.answers import captions
 from ..stats import paired_difference_seeds, summarise_seeds
-from ..tables import read_parquet, write_parquet
+from ..tables import DIFFERENCE, metric_rows, read_parquet, write_parquet
 from ..vlm import VLM
 from ..worlds.write import Split
 from .delta import Delta, applied, load_delta, save_delta
@@ -213,3 +213,21 @@ def trial_rows(items: pd.DataFrame, against: Iterable[str] = (BASE,)) -> pd.Data
 def _same(found: dict, seeds: dict) -> dict:
     """The other label's items of these seeds; all of them where it lacks one, so that the error names both."""
     return {s: found[s] for s in seeds} if set(seeds) <= set(found) else found
+
+
+def robustness_scores(rows: pd.DataFrame, world: str, model: str, max_new_tokens: int) -> pd.DataFrame:
+    """The trial's record as rows of ``metrics.csv``: values, and differences to the base as ``<metric>_diff``.
+
+    Means over seeds, so ``seed`` is empty; what the contract has no column for (differences to another method than the
+    base, attacks tuned on another model) stays in ``robustness.csv``.
+    """
+    known = rows[rows["against"].isin(["", BASE]) & (rows["condition"] != "transferred")]
+    known = known[known["label"] == known["method"]]
+    keys = {"world": world, "model": model, "split": "test", "benchmark": "chair", "scorer": "singularise"}
+    parts = []
+    for (method, condition, against), part in known.groupby(["method", "condition", "against"], sort=False):
+        how = {"prompt": "speculative" if condition == "speculative" else "plain"}
+        how |= {"condition": "attacked" if condition == "attacked" else "clean", "setting": f"max{max_new_tokens},keep"}
+        part = part.assign(metric=part["metric"] + (DIFFERENCE if against else ""))
+        parts.append(metric_rows(part[["metric", "value", "lo", "hi", "n"]], method=method, **keys, **how))
+    return pd.concat(parts, ignore_index=True)
