@@ -139,6 +139,8 @@ _EXPORTS = {
     "finding": "verdicts",
     "headline": "verdicts",
     "robustness_finding": "verdicts",
+    "robust_recipes": "verdicts",
+    "recipe_sentence": "verdicts",
     "side_by_side": "verdicts",
     "rows_of": "verdicts",
     "frontier_line": "verdicts",

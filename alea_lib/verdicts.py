@@ -147,22 +147,66 @@ def finding(metrics: pd.DataFrame) -> str:
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def robustness_finding(rows: pd.DataFrame, against: pd.DataFrame) -> str:
-    """What the attacks did, as a list in markdown. ``rows``: method, condition, metric, value, lo, hi; ``against``: the
-    same for methods minus ``no-prefix``."""
-    wrong = rows[(rows["metric"] == "chair_s")].set_index(["method", "condition"])
+WORSE, LOST = 0.02, 0.03  # what still counts as "as good": CHAIRs at most so much higher, recall so much lower
+
+
+def robustness_finding(rows: pd.DataFrame) -> str:
+    """What the attacks did, as a list in markdown. ``rows``: the record of :func:`alea_lib.trial_rows`, one model."""
+    values = rows[(rows["metric"] == "chair_s") & (rows["against"] == "")].set_index(["label", "condition"])
     lines = [
-        f"`{method}`: {_percent(wrong.loc[(method, 'clean')])} of the captions name an absent object, "
-        f"{_percent(wrong.loc[(method, 'attacked')])} under a fresh attack on this very model."
-        for method in dict.fromkeys(rows["method"])
+        f"`{label}`: {_percent(values.loc[(label, 'clean')])} of the captions name an absent object, "
+        f"{_percent(values.loc[(label, 'attacked')])} under a fresh attack on this very model."
+        for label in dict.fromkeys(rows["label"])
     ]
-    bought = against[(against["metric"] == "chair_s") & (against["condition"] == "attacked")]
-    for row in bought.to_dict("records"):
-        said = (
-            verdict(row["lo"], row["hi"], -1).replace("holds", "shown").replace("does not hold", "the other way round")
-        )
-        lines.append(f"Fewer under attack with `{row['method']}` than with `no-prefix`: {_points(row)}, {said}.")
+    bought = rows[(rows["metric"] == "chair_s") & (rows["condition"] == "attacked") & (rows["against"] == "no-prefix")]
+    for row in bought[bought["label"].isin(ADVERSARY)].to_dict("records"):
+        said = verdict(row["lo"], row["hi"], -1).replace("does not hold", "the other way round")
+        said = said.replace("holds", "shown")
+        lines.append(f"Fewer under attack with `{row['label']}` than with `no-prefix`: {_points(row)}, {said}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
+
+
+def robust_recipes(rows: pd.DataFrame, against: str = "no-prefix") -> pd.DataFrame:
+    """Which edits are as good as plain supervised editing on clean prompts, and better under attack.
+
+    ``rows``: the record of trials, one or more models. Of each model and label: ``clean`` and ``recall`` ('holds' when
+    the whole interval of the paired difference lies within WORSE and LOST), ``attacked`` ('holds' when it lies below
+    0), each with its difference; ``recipe`` when all three hold.
+    """
+    out = []
+    differences = rows[rows["against"] == against].set_index(["model", "label", "condition", "metric"])
+    for model, label in dict.fromkeys((m, name) for m, name, *_ in differences.index):
+        clean, recall, attacked = (
+            differences.loc[(model, label, *where)]
+            for where in (("clean", "chair_s"), ("clean", "recall"), ("attacked", "chair_s"))
+        )
+        said = {
+            "clean": kept(-clean["hi"], -clean["lo"], WORSE),
+            "recall": kept(recall["lo"], recall["hi"], LOST),
+            "attacked": verdict(attacked["lo"], attacked["hi"], -1),
+        }
+        texts = {f"{k} difference": _points(r) for k, r in zip(said, (clean, recall, attacked))}
+        row = {"model": model, "label": label, "seeds": int(clean["seeds"]), "n": int(clean["n"])}
+        out.append({**row, **said, **texts, "recipe": set(said.values()) == {"holds"}})
+    return pd.DataFrame(out)
+
+
+def recipe_sentence(recipes: pd.DataFrame) -> str:
+    """Is there a recipe that costs nothing on clean prompts and helps under attack? One sentence from the table."""
+    models, every = recipes["model"].nunique(), recipes.groupby("label", sort=False)["recipe"].all()
+    seeds = " to ".join(str(n) for n in sorted({recipes["seeds"].min(), recipes["seeds"].max()}))
+    where = f"in {'all ' if models > 1 else ''}{models} base model{'s' * (models > 1)} ({seeds} seeds each)"
+    bar = f"at most {100 * WORSE:.0f} points more CHAIRs and {100 * LOST:.0f} points less recall"
+    if not every.any():
+        return (
+            f"No edit tried is both as good as plain supervised editing on clean prompts ({bar}, whole intervals) "
+            f"and better under a fresh attack {where}."
+        )
+    named = " and ".join(f"`{label}`" for label in every.index[every])
+    return (
+        f"{named}: as good as plain supervised editing on clean prompts ({bar}, whole intervals) and better "
+        f"under a fresh attack {where}; no other edit tried is both."
+    )
 
 
 def _percent(row: pd.Series) -> str:

@@ -16,6 +16,8 @@ from alea_lib.verdicts import (
     headline,
     kept,
     one,
+    recipe_sentence,
+    robust_recipes,
     robustness_finding,
     side_by_side,
     verdict,
@@ -90,17 +92,56 @@ def test_the_adversary_is_judged_under_attack(shift, judged):
     assert adversary(pd.DataFrame(rows), "alea-mixed")[5] == "not shown"
 
 
+def trial_record(label, condition, metric, value, against="", half=0.01, model="m"):
+    row = {
+        "label": label,
+        "method": label,
+        "condition": condition,
+        "metric": metric,
+        "against": against,
+        "value": value,
+    }
+    return {**row, "lo": value - half, "hi": value + half, "n": 300, "seeds": 5, "model": model}
+
+
 def test_the_robustness_finding_by_hand():
     rows = [("no-prefix", "clean", 0.02), ("no-prefix", "attacked", 0.5), ("alea-mixed", "clean", 0.02)]
-    rows += [("alea-mixed", "attacked", 0.2)]
-    table = pd.DataFrame([{"method": m, "condition": c, "metric": "chair_s", "value": v, "lo": v - 0.01, "hi": v + 0.01}
-                          for m, c, v in rows])  # fmt: skip
-    one_row = {"method": "alea-mixed", "condition": "attacked", "metric": "chair_s", "value": -0.3}
-    text = robustness_finding(table, pd.DataFrame([{**one_row, "lo": -0.4, "hi": -0.2}]))
-    assert "50.0% (49.0% to 51.0%) under a fresh attack" in text and "-30.0 points (-40.0 to -20.0), shown." in text
-    for lo, hi, said in ((-0.4, 0.1, "not shown"), (0.1, 0.2, "the other way round")):
-        other = robustness_finding(table, pd.DataFrame([{**one_row, "lo": lo, "hi": hi}]))
-        assert other.strip().endswith(f"{said}.")
+    table = [trial_record(m, c, "chair_s", v) for m, c, v in [*rows, ("alea-mixed", "attacked", 0.2)]]
+    for half, said in ((0.1, "shown"), (0.4, "not shown")):
+        change = trial_record("alea-mixed", "attacked", "chair_s", -0.3, "no-prefix", half)
+        text = robustness_finding(pd.DataFrame([*table, change]))
+        assert "50.0% (49.0% to 51.0%) under a fresh attack" in text and text.strip().endswith(
+            f"points), {said}.".replace("points", f"{100 * (half - 0.3):+.1f}")
+        )
+    other = trial_record("alea-mixed", "attacked", "chair_s", 0.3, "no-prefix")
+    assert robustness_finding(pd.DataFrame([*table, other])).strip().endswith("the other way round.")
+
+
+def recipe(clean=0.0, recall=0.0, attacked=-0.3, half=0.01, model="m", label="alea-mixed"):
+    cells = (("clean", "chair_s", clean), ("clean", "recall", recall), ("attacked", "chair_s", attacked))
+    return [trial_record(label, c, m, v, "no-prefix", half, model) for c, m, v in cells]
+
+
+@pytest.mark.parametrize(
+    ("changes", "good"),
+    [
+        ({}, True),
+        ({"clean": 0.011}, False),  # the interval reaches two points more
+        ({"recall": -0.021}, False),  # three points less
+        ({"attacked": -0.009}, False),  # the interval holds zero
+        ({"attacked": 0.3}, False),
+    ],
+)
+def test_a_recipe_is_as_good_clean_and_better_under_attack(changes, good):
+    assert robust_recipes(pd.DataFrame(recipe(**changes)))["recipe"].tolist() == [good]
+
+
+def test_the_recipe_must_hold_in_every_base_model():
+    both = pd.DataFrame([*recipe(), *recipe(model="m2"), *recipe(label="sft", attacked=0.1)])
+    said = recipe_sentence(robust_recipes(both))
+    assert said.startswith("`alea-mixed`: as good") and "in all 2 base models (5 seeds each)" in said
+    bad = pd.DataFrame([*recipe(), *recipe(model="m2", attacked=0.1)])
+    assert recipe_sentence(robust_recipes(bad)).startswith("No edit tried is both")
 
 
 def test_table_of_claims():
