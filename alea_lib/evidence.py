@@ -1,4 +1,4 @@
-"""What a prefix does on pairs that it was not tuned on, beside none and a random one of equal norm."""
+"""What a prefix does on pairs that it was not tuned on; and its control, a random one of equal norm."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from .measures.chair import chair
 from .measures.truth import Truth
 from .prefix import Prefix, PrefixSettings, random_prefix
+from .stats import summarise
 from .vlm import VLM, Batch, scored
 
 WRITTEN = ("chair_s", "chair_i", "recall", "words")
+BOUNDED = ("chair_s", "recall")  # with their intervals
 
 
 @torch.no_grad()
@@ -22,25 +24,26 @@ def prefix_evidence(
     vlm: VLM,
     features: torch.Tensor,
     pairs: pd.DataFrame,
-    prefix: Prefix,
-    settings: PrefixSettings,
+    prefixes: dict[str, Prefix | None],
+    prompt: str = "plain",
     truth: Truth | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 50,
 ) -> pd.DataFrame:
-    """What a prefix does on pairs, beside none and a random one of equal norm.
+    """What prefixes do on pairs; None, no prefix, is what the others are compared with.
 
-    Rows: none, random, tuned. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
+    Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
     KL(seeing || blind) at the tokens of the positive; with ``truth`` also what the model then writes about these
-    images (chair_s, chair_i, recall, words, all under ``settings.prompt``); n pairs. Empty when there are no pairs.
+    images (chair_s, chair_i, recall, words; _lo and _hi of the first and the third, 95 % over images), all as answers
+    to the prompt of the role ``prompt``; n pairs. Empty when there are no pairs.
     """
     rows = []
-    for name, each in (("none", None), ("random", random_like(vlm, prefix, settings)), ("tuned", prefix)):
+    for name, each in prefixes.items():
         row = {"prefix": name}
         if len(pairs):
-            row |= _read(vlm, features, pairs, each, settings, batch_size)
+            row |= _read(vlm, features, pairs, each, prompt, batch_size)
         if len(pairs) and truth is not None:
-            row |= _written(vlm, features, pairs, each, settings, truth, max_new_tokens)
+            row |= _written(vlm, features, pairs, each, prompt, truth, max_new_tokens)
         rows.append({**row, "n": len(pairs)} if len(pairs) else row)
     return pd.DataFrame(rows).set_index("prefix")
 
@@ -52,13 +55,13 @@ def random_like(vlm: VLM, prefix: Prefix, settings: PrefixSettings) -> Prefix:
     return replace(prefix, rows=unit * prefix.rows.norm(dim=-1, keepdim=True).to(unit))
 
 
-def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, settings, batch_size: int) -> dict:
+def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, prompt: str, batch_size: int) -> dict:
     """Teacher-forced: likelihood of both answers, and the image's effect."""
     sums = np.zeros(5)
     for start in range(0, len(pairs), batch_size):
         part = slice(start, start + batch_size)
         for i, column in enumerate(("negative", "positive")):
-            batch = vlm.encode(features[part], vlm.prompt(settings.prompt), pairs[column].tolist()[part])
+            batch = vlm.encode(features[part], vlm.prompt(prompt), pairs[column].tolist()[part])
             nll, effect, n = _effects(vlm, batch, prefix)
             sums[2 * i : 2 * i + 2] += nll, n
             sums[4] += effect if column == "positive" else 0.0
@@ -82,9 +85,10 @@ def _effects(vlm: VLM, batch: Batch, prefix: Prefix | None) -> tuple[float, floa
     return nll.item(), F.kl_div(blind, seeing, log_target=True, reduction="sum").item(), len(seeing)
 
 
-def _written(vlm: VLM, features, pairs: pd.DataFrame, prefix, settings, truth: Truth, max_new_tokens: int) -> dict:
-    """Greedy captions under the prefix, scored: sums over images of num / den."""
-    answers = vlm.generate(features, vlm.prompt(settings.prompt), max_new_tokens, prefix=prefix)
+def _written(vlm: VLM, features, pairs: pd.DataFrame, prefix, prompt: str, truth: Truth, max_new_tokens: int) -> dict:
+    """Greedy captions under the prefix, scored."""
+    answers = vlm.generate(features, vlm.prompt(prompt), max_new_tokens, prefix=prefix)
     table = pd.DataFrame({"image_id": pairs["image_id"].tolist(), "caption": [a.text for a in answers]})
-    sums = chair(table, truth).items.groupby("metric")[["num", "den"]].sum()
-    return {name: sums.loc[name, "num"] / sums.loc[name, "den"] for name in WRITTEN}
+    found = summarise(chair(table, truth).items).set_index("metric")
+    out = {name: found.loc[name, "value"] for name in WRITTEN}
+    return out | {f"{name}_{side}": found.loc[name, side] for name in BOUNDED for side in ("lo", "hi")}

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tqdm import tqdm
 
+from .checkpoint import write_safetensors
 from .neglect import TERMS, Blind, adversary_loss
 from .vlm import VLM, Batch
 
@@ -200,12 +200,15 @@ def _held_out_loss(vlm: VLM, features, answers: tuple, items: range, blind, pref
 
 
 def save_prefix(prefix: Prefix, path: Path) -> None:
+    """Safetensors, written atomically."""
     meta = {"place": f"{prefix.place} {prefix.index}"}
-    save_file({"rows": prefix.rows.detach().cpu().contiguous()}, path, metadata=meta)
+    write_safetensors({"rows": prefix.rows.detach().cpu().contiguous()}, Path(path), meta)
 
 
 def load_prefix(path: Path) -> Prefix:
-    """FileNotFoundError if there is none."""
+    """FileNotFoundError with what to do if there is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no prefix at {path}: run notebook 05_adversary first")
     with safe_open(path, "pt") as f:
         place, _, index = f.metadata()["place"].partition(" ")
         return Prefix(f.get_tensor("rows"), place, int(index or 0))

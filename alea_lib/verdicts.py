@@ -60,7 +60,10 @@ UNTESTED = (
     ("It generalises to other model families", "open in the paper", "cannot be tested in one small world"),
     ("People prefer the captions", "open in the paper", "not answered here"),
 )
-METHOD_ORDER = ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed")
+METHOD_ORDER = (
+    "base", "truncation", "sft", "no-prefix", "random-prefix", "alea-official", "alea-corrected", "alea-mixed",
+    "lora", "heads", "random-layers", "last-layer", "all-layers",
+)  # fmt: skip
 OTHER_WORLD = "not run: needs a GPU"
 CUT = ",cut"  # in the setting of a row: the base model's captions cut to so many sentences
 

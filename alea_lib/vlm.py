@@ -280,6 +280,13 @@ def load(
     return VLM(model, _processor(path), row, key)
 
 
+def layers_of(key: str) -> int:
+    """How many decoder layers a model has, from its configuration alone."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(model_path(key)).get_text_config().num_hidden_layers
+
+
 @dataclass(frozen=True)
 class Reader:
     """Tokenizer and image processor alone, where a whole processor cannot be made (those of families that also take

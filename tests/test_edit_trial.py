@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from alea_lib import read_truth
-from alea_lib.edit import trial
+from alea_lib.edit import methods, trial
 from alea_lib.edit.delta import applied
-from alea_lib.edit.methods import METHODS, adversary_settings, edit_settings, fit_adversary
+from alea_lib.edit.methods import METHODS, adversary_settings, edit_settings, fit_adversary, read_adversary
 from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings, edit_trial, trial_rows
+from alea_lib.prefix import Prefix, save_prefix
 from alea_lib.tables import METHOD_NAMES, DataError
 
 SHORT = EditTrialSettings(layers=(1, 2), prefix_steps=2, attack_steps=2, max_new_tokens=6, epochs=1, lr=1e-2)
@@ -54,6 +55,9 @@ def test_places():
     assert place("no-prefix") == (2, 3) and place("last-layer") == (5,) and place("sft") == tuple(range(6))
     assert len(place("random-layers")) == 2 and place("all-layers") == tuple(range(6))
     assert edit_settings("heads", 6, (2, 3), ((4, 1), (0, 2))).heads == ((4, 1), (0, 2))
+    assert edit_settings("alea-official", 6, (2, 3), official=(5,)).layers == (5,)  # the official code's own place
+    assert edit_settings("alea-official", 6, (2, 3)).layers == (2, 3)
+    assert edit_settings("alea-mixed", 6, (2, 3), official=(5,)).layers == (2, 3)
 
 
 def test_bad_methods_are_told():
@@ -75,8 +79,32 @@ def test_random_rows_have_the_tuned_norms(tiny, seen, told):
 
 
 def test_the_official_adversary_stands_at_an_index(tiny, seen, told):
-    s = adversary_settings("official", tiny, told, seen.shape[1], steps=3)
-    assert s.place == "index" and s.index > seen.shape[1] and s.steps == 3 and not s.reset
+    s = adversary_settings("official", tiny, told * 4, seen.shape[1], steps=3, length=2)
+    assert s.place == "index" and s.index > seen.shape[1] and not s.reset and s.length == 2
+    assert s.steps == 3 * 24 // 4  # three passes over the answers in batches of four, whatever the common steps are
+    assert adversary_settings("imitation", tiny, told, seen.shape[1], steps=3).contrast == 0
+    with pytest.raises(KeyError, match="imitation"):
+        adversary_settings("random", tiny, told, seen.shape[1])
+
+
+def test_each_method_reads_its_own_prefix(tiny, tmp_path):
+    for i, name in enumerate(("contrast", "random", "official")):
+        save_prefix(Prefix(torch.full((1, 4), float(i))), tmp_path / f"{name}.safetensors")
+    wanted = {"alea-mixed": 0.0, "alea-corrected": 0.0, "random-prefix": 1.0, "alea-official": 2.0}
+    for method, value in wanted.items():
+        assert read_adversary(method, tmp_path).rows[0, 0] == value
+    assert read_adversary("no-prefix", tmp_path) is None and read_adversary("sft", tmp_path) is None
+    with pytest.raises(FileNotFoundError, match="05_adversary"):
+        read_adversary("alea-mixed", tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["no-prefix", "heads"])
+def test_what_is_edited_is_loaded_in_full_precision(name, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(methods, "load", lambda *args, **kwargs: asked.update(args=args, **kwargs))
+    methods.load_for_edit("some", edit_settings(name, 6, (2, 3), ((4, 1), (4, 2))), True)
+    layers, parts = ((4,), ("o_proj",)) if name == "heads" else ((2, 3), None)
+    assert asked["args"] == ("some", True, layers) and asked.get("edited_parts") == parts
 
 
 # ---- the trial

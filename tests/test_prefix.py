@@ -369,7 +369,8 @@ def test_neglect_is_kl_from_the_blind_to_the_attacked(tiny, seen, told):
 
 def test_evidence_by_hand(tiny, seen, told, tuned):
     pairs = pd.DataFrame({"negative": told, "positive": told[::-1]})
-    table = prefix_evidence(tiny, seen, pairs, tuned[0], PrefixSettings(), batch_size=4)
+    prefixes = {"none": None, "random": random_like(tiny, tuned[0], PrefixSettings()), "tuned": tuned[0]}
+    table = prefix_evidence(tiny, seen, pairs, prefixes, batch_size=4)
     assert table.index.tolist() == ["none", "random", "tuned"] and (table["n"] == 6).all()
     with torch.no_grad():
         batch = tiny.encode(seen, tiny.prompt("plain"), told)
@@ -389,10 +390,12 @@ def test_evidence_of_what_is_written(tiny, tiny_world, seen, told, tuned):
     split = tiny_world.split("activate")
     pairs = pd.DataFrame({"image_id": split.ids, "negative": told, "positive": told[::-1]})
     truth = read_truth(split.instances, split.captions)
-    table = prefix_evidence(tiny, seen, pairs, tuned[0], PrefixSettings(), truth, max_new_tokens=8)
-    under = tiny.generate(seen, tiny.prompt("plain"), 8, prefix=tuned[0])
+    table = prefix_evidence(tiny, seen, pairs, {"none": None, "tuned": tuned[0]}, "careful", truth, max_new_tokens=8)
+    under = tiny.generate(seen, tiny.prompt("careful"), 8, prefix=tuned[0])
     assert table.loc["tuned", "words"] == pytest.approx(np.mean([len(a.text.split()) for a in under]), abs=0.5)
     assert table[["chair_s", "recall"]].apply(lambda c: c.between(0, 1)).all(axis=None)
+    for name in ("chair_s", "recall"):
+        assert (table[f"{name}_lo"] <= table[name]).all() and (table[name] <= table[f"{name}_hi"]).all()
 
 
 def test_the_control_has_the_norms_and_the_place_of_the_tuned(tiny, tuned):
@@ -404,8 +407,8 @@ def test_the_control_has_the_norms_and_the_place_of_the_tuned(tiny, tuned):
 
 def test_evidence_without_pairs_is_empty(tiny, seen, tuned):
     empty = pd.DataFrame({"negative": [], "positive": []})
-    table = prefix_evidence(tiny, seen[:0], empty, tuned[0], PrefixSettings())
-    assert table.index.tolist() == ["none", "random", "tuned"] and table.columns.empty
+    table = prefix_evidence(tiny, seen[:0], empty, {"none": None, "tuned": tuned[0]})
+    assert table.index.tolist() == ["none", "tuned"] and table.columns.empty
 
 
 def test_random_prefix_has_the_scale_of_the_embeddings(tiny):

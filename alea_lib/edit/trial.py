@@ -55,6 +55,7 @@ class EditTrialSettings:
 
     layers: tuple[int, ...]  # located
     heads: tuple[tuple[int, int], ...] = ()
+    official: tuple[int, ...] = ()  # where `alea-official` is made; () is the located layers
     length: int = 5
     prefix_steps: int = 100
     attack_steps: int = 100
@@ -103,7 +104,7 @@ class EditBench:
         s, pairs = self.settings, self.pairs.head(case.n_pairs or len(self.pairs))
         own = {"epochs": s.epochs, "lr": s.lr, "kl": s.kl, **case.changes}
         located, heads = own.pop("layers", s.layers), own.pop("heads", s.heads)
-        settings = edit_settings(case.method, self.vlm.n_layers, tuple(located), heads, case.seed, **own)
+        settings = edit_settings(case.method, self.vlm.n_layers, tuple(located), heads, case.seed, s.official, **own)
         prefix = self.prefix(case, pairs) if settings.prefix_share else None
         negatives = pairs["negative"].tolist()
         tuned = self._adversary("contrast", case) if settings.rounds > 1 else None

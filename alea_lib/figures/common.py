@@ -14,6 +14,7 @@ from ..stats import summarise
 
 METHODS = {  # colour and marker of each method, the same on every page
     "base": ("#000000", "o"), "truncation": ("#7f7f7f", "s"), "no-prefix": ("#0072B2", "^"),
+    "sft": ("#56B4E9", "v"), "random-prefix": ("#CC79A7", "X"), "alea-official": ("#E69F00", "p"),
     "alea-corrected": ("#D55E00", "D"), "alea-mixed": ("#009E73", "P"),
 }  # fmt: skip
 METRIC_LABELS = {
