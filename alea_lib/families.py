@@ -106,6 +106,7 @@ TILES = {
 ROWS = (
     Family("llava", "llava", PROMPTS, short_answer=LLAVA_SHORT, decoders=("llama", "mistral"), **decoder()),
     Family("llava-small", "llava", PROMPTS_SMALL, **decoder()),
+    Family("llava-grouped-small", "llava", PROMPTS_SMALL, decoders=("mistral",), **decoder()),
     Family(
         "llava-next-mistral", "llava_next", PROMPTS, short_answer=LLAVA_SHORT, canvas=672,
         chat="[INST] <image>\n{question} [/INST]", decoders=("mistral",), **decoder(),

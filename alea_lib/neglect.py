@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
 
 from .layout import causal
 from .taps import read_attention
 from .vlm import VLM, Batch, scored
 
 TERMS = ("nll", "contrast", "neglect", "attention")
+ROOM = 2**29  # bytes for the keys and values of all items's images and prompts
 
 
 @torch.no_grad()
@@ -44,6 +46,42 @@ class Blind:
         return self.vlm.head(torch.cat([self.states[int(i)] for i in pick])).float().log_softmax(-1)
 
 
+class Asked:
+    """Keys and values of image and prompt, which do not depend on a prefix that stands behind them.
+
+    Read once an item where those of all items fit into ``ROOM`` bytes, else at each call. ``usable``: whether the
+    family and the prefix's place allow it (one prompt and one number of image positions: equally long in all items).
+    """
+
+    def __init__(self, vlm: VLM, features: torch.Tensor, prompt: str, place: str):
+        self.vlm, self.features, self.prompt = vlm, features, prompt
+        self.usable = vlm.row.told is causal and place == "answer"
+        self.kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    @torch.no_grad()
+    def __call__(self, pick: np.ndarray, sides: int = 1) -> DynamicCache:
+        """The cache of the picked items, the whole batch ``sides`` times over."""
+        new = [int(i) for i in pick if int(i) not in self.kept]
+        read = self._read(new) if new else {}
+        items = [read[int(i)] if int(i) in read else self.kept[int(i)] for i in pick]
+        if sum(t.nbytes for pair in items[0] for t in pair) * len(self.features) <= ROOM:
+            self.kept |= read
+        cache = DynamicCache()
+        for layer, pairs in enumerate(zip(*items)):
+            cache.update(*(torch.cat([*side] * sides) for side in zip(*pairs)), layer)
+        return cache
+
+    def _read(self, items: list[int]) -> dict[int, list[tuple[torch.Tensor, torch.Tensor]]]:
+        batch = self.vlm.encode(self.features[torch.as_tensor(items)], self.vlm.prompt(self.prompt))
+        past = self.vlm.language_model(
+            inputs_embeds=self.vlm.embed(batch), attention_mask=batch.mask, use_cache=True
+        ).past_key_values
+        return {
+            item: [(layer.keys[row : row + 1].clone(), layer.values[row : row + 1].clone()) for layer in past.layers]
+            for row, item in enumerate(items)
+        }
+
+
 def adversary_loss(
     vlm: VLM,
     features,
@@ -52,13 +90,14 @@ def adversary_loss(
     blind: Blind | None,
     prefix,
     settings,
+    asked: Asked | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The weighted loss of a batch of items under the prefix, and its terms.
 
     ``answers``: negatives and positives (which only ``contrast`` needs). nll: of the negative, in nats a token;
     contrast: softplus(margin - log p(negative) + log p(positive)), in nats an answer; neglect: KL(no-image output ||
     output under the prefix) at the negative's tokens; attention: share of attention on the image, mean over these
-    tokens, heads and layers.
+    tokens, heads and layers. ``asked`` keeps what stands before the prefix from call to call.
     """
     sides = [answers[0], answers[1]] if settings.contrast else [answers[0]]
     texts = [side[int(i)] for side in sides for i in pick]
@@ -66,7 +105,9 @@ def adversary_loss(
     batch = vlm.encode(seen, vlm.prompt(settings.prompt), texts)
     shares: list[torch.Tensor] = []
     with image_share(vlm, batch, prefix, len(pick), shares) if settings.attention else nullcontext():
-        logits, labels = attacked_logits(vlm, batch, prefix, split=not settings.attention)
+        asked = asked or Asked(vlm, features, settings.prompt, prefix.place)
+        past = asked(pick, len(sides)) if asked.usable and not settings.attention else None
+        logits, labels = attacked_logits(vlm, batch, prefix, past)
     logp = -F.cross_entropy(logits, labels[labels != -100], reduction="none")
     lengths = (labels != -100).sum(1).tolist()
     n = sum(lengths[: len(pick)])
@@ -82,23 +123,20 @@ def adversary_loss(
     return loss, {name: terms[name].item() if name in terms else 0.0 for name in TERMS}
 
 
-def attacked_logits(vlm: VLM, batch: Batch, prefix, split: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+def attacked_logits(
+    vlm: VLM, batch: Batch, prefix, past: DynamicCache | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Answer logits [n,V] under a prefix, fp32, and the labels [B,T+k] that they predict.
 
-    What stands before the prefix does not depend on it. Where that is equally long in all items (place ``answer``,
-    one prompt) it is read once without gradient, and only prefix and answer are trained through: same gradients.
+    ``past``: keys and values of what stands before the prefix, from :class:`Asked`; only prefix and answer are then
+    run and trained through: same gradients. Without, the whole sequence is.
     """
     with torch.no_grad():
         plain = vlm.embed(batch)
     embeds, mask, labels = prefix.insert(batch, plain)
-    at = int(batch.answer[0])
-    whole = not split or vlm.row.told is not causal or prefix.place != "answer"
-    if whole or not bool((batch.answer == at).all()):
+    if past is None:
         return vlm.answer_logits(batch, embeds, mask, scored(labels)).float(), labels
-    with torch.no_grad():
-        past = vlm.language_model(
-            inputs_embeds=plain[:, :at], attention_mask=mask[:, :at], use_cache=True
-        ).past_key_values
+    at = past.get_seq_length()
     h = vlm.language_model(
         inputs_embeds=embeds[:, at:], attention_mask=mask, past_key_values=past, use_cache=True
     ).last_hidden_state

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from .checkpoint import write_safetensors
-from .neglect import TERMS, Blind, adversary_loss
+from .neglect import TERMS, Asked, Blind, adversary_loss
 from .vlm import VLM, Batch
 
 PLACES = ("answer", "question", "index")
@@ -151,21 +151,23 @@ def fit_prefix(
     if settings.restarts > 1:
         kept = max(1, kept - max(1, round(settings.held_out * kept)))
     blind = Blind(vlm, features, negatives, settings.prompt) if settings.neglect else None
+    asked = Asked(vlm, features, settings.prompt, settings.place)
     found = []
     for restart in range(settings.restarts):
         each = replace(settings, seed=settings.seed + 100 * restart)
-        prefix, curve = _tune(vlm, features, answers, kept, blind, each)
+        prefix, curve = _tune(vlm, features, answers, kept, (blind, asked), each)
         score = 0.0
         if settings.restarts > 1:
-            score = _held_out_loss(vlm, features, answers, range(kept, len(negatives)), blind, prefix, each)
+            score = _held_out_loss(vlm, features, answers, range(kept, len(negatives)), (blind, asked), prefix, each)
         found.append((score, restart, prefix, curve))
     return min(found, key=lambda f: f[:2])[2:]
 
 
 def _tune(
-    vlm: VLM, features, answers: tuple, kept: int, blind: Blind | None, settings: PrefixSettings
+    vlm: VLM, features, answers: tuple, kept: int, frozen: tuple[Blind | None, Asked], settings: PrefixSettings
 ) -> tuple[Prefix, pd.DataFrame]:
-    """One run of the adversary on the first ``kept`` items."""
+    """One run of the adversary on the first ``kept`` items; ``frozen`` is what does not depend on the prefix."""
+    blind, asked = frozen
     start = random_prefix(vlm, settings)
     rows = start.rows.clone().requires_grad_(True)
     optimiser = torch.optim.AdamW([rows], lr=settings.lr, weight_decay=0.0)
@@ -173,7 +175,7 @@ def _tune(
     curve = []
     for step in tqdm(range(settings.steps), desc="prefix"):
         pick = np.random.default_rng([settings.seed, 1, step]).choice(kept, min(settings.batch, kept), replace=False)
-        loss, terms = adversary_loss(vlm, features, answers, pick, blind, replace(start, rows=rows), settings)
+        loss, terms = adversary_loss(vlm, features, answers, pick, blind, replace(start, rows=rows), settings, asked)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm"
@@ -192,10 +194,13 @@ def _tune(
 
 
 @torch.no_grad()
-def _held_out_loss(vlm: VLM, features, answers: tuple, items: range, blind, prefix, settings: PrefixSettings) -> float:
+def _held_out_loss(vlm: VLM, features, answers: tuple, items: range, frozen, prefix, settings: PrefixSettings) -> float:
     """Mean loss over the items that no restart was tuned on."""
     parts = np.array_split(np.array(items), max(1, round(len(items) / settings.batch)))
-    losses = [adversary_loss(vlm, features, answers, p, blind, prefix, settings)[0].item() * len(p) for p in parts]
+    losses = [
+        adversary_loss(vlm, features, answers, p, frozen[0], prefix, settings, frozen[1])[0].item() * len(p)
+        for p in parts
+    ]
     return sum(losses) / len(items)
 
 

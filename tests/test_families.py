@@ -1,6 +1,6 @@
 """The contract of a family row: one test a promise, for every row, on a tiny random model of the family's real class.
 
-A new row gets a builder in ``tiny_families``; then ``pytest tests/test_families.py -k name`` tells whether it holds.
+A new row gets a builder in ``alea_lib.zoo.tiny``; then run ``pytest tests/test_families.py -k name``.
 """
 
 import json
@@ -10,7 +10,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tiny_families import BUILDERS, build
 
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import answer_nll, fit_edit
@@ -22,6 +21,7 @@ from alea_lib.neglect import Blind, adversary_loss, blind_logits
 from alea_lib.prefix import Prefix, PrefixSettings, embedding_scale, random_prefix
 from alea_lib.taps import read_attention, read_heads, read_layers, started_at
 from alea_lib.vlm import Batch, load
+from alea_lib.zoo.tiny import BUILDERS, build
 
 QUESTIONS = ["Is there a cat?", "Please describe this image in detail.", "Is the cup red or blue?"]
 ANSWERS = ["There is a dog with a cup.", "A kitchen scene shows a knife.", "There is also a bowl, and a spoon."]

@@ -9,7 +9,7 @@ import torch
 
 from alea_lib.evidence import prefix_evidence, random_like
 from alea_lib.measures.truth import read_truth
-from alea_lib.neglect import Blind, adversary_loss, attacked_logits, blind_logits
+from alea_lib.neglect import Asked, Blind, adversary_loss, attacked_logits, blind_logits
 from alea_lib.prefix import (
     Prefix,
     PrefixSettings,
@@ -226,29 +226,48 @@ def test_the_attention_objective_takes_attention_off_the_image(tiny, seen, told)
     assert curve["attention"].iloc[-1] < 0.95 * curve["attention"].iloc[0]
 
 
-def test_what_stands_before_the_prefix_is_read_without_gradient(tiny, seen, told):
-    """Logits and the prefix's gradient equal those of a whole pass; the short way is taken where it may be."""
-    batch = tiny.encode(seen, tiny.prompt("plain"), told)
-    start = random_prefix(tiny, PrefixSettings())
+@pytest.mark.parametrize("room", [0, 2**29])
+def test_what_stands_before_the_prefix_is_read_without_gradient(tiny, seen, told, room, monkeypatch):
+    """Logits and the prefix's gradient equal those of a whole pass, whether or not keys and values are kept."""
+    monkeypatch.setattr("alea_lib.neglect.ROOM", room)
+    pick = np.array([4, 1, 3])
+    texts = [told[i] for i in pick] + [told[i][:9] for i in pick]
+    batch = tiny.encode(seen[pick].repeat(2, 1, 1), tiny.prompt("plain"), texts)
+    start, asked = random_prefix(tiny, PrefixSettings()), Asked(tiny, seen, "plain", "answer")
+    asked(np.array([1, 2]))  # some items are known already
     found = []
-    for split in (True, False):
+    for past in (asked(pick, 2), asked(pick, 2), None):
         rows = start.rows.clone().requires_grad_(True)
-        logits, labels = attacked_logits(tiny, batch, Prefix(rows), split)
+        logits, labels = attacked_logits(tiny, batch, Prefix(rows), past)
         found.append((logits.detach(), torch.autograd.grad(logits.logsumexp(-1).sum(), rows)[0], labels))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found[0][1], found[1][1], atol=1e-5, rtol=1e-5)
-    assert torch.equal(found[0][2], found[1][2])
-    seen_lengths = []
+    for each in found[:2]:
+        torch.testing.assert_close(each[0], found[2][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(each[1], found[2][1], atol=1e-5, rtol=1e-5)
+        assert torch.equal(each[2], found[2][2])
+    assert set(asked.kept) == ({1, 2, 3, 4} if room else set())
+
+
+def test_an_attack_runs_prefix_and_answer_alone(tiny, seen, told):
+    """Once image and prompt are known; a prefix before the question needs whole passes."""
+    lengths = []
     hidden = tiny.language_model.register_forward_pre_hook(
-        lambda m, a, k: seen_lengths.append(k["inputs_embeds"].shape[1]), with_kwargs=True
+        lambda m, a, k: lengths.append(k["inputs_embeds"].shape[1]), with_kwargs=True
     )
+    batch = tiny.encode(seen, tiny.prompt("plain"), told)
+    at, width = batch.answer[0].item(), batch.ids.shape[1] + 5
     try:
-        attacked_logits(tiny, batch, start)
-        attacked_logits(tiny, batch, replace(start, place="question"))
+        for place, expected in (("answer", [at, width - at, width - at]), ("question", [width, width])):
+            settings, prefix = (
+                PrefixSettings(place=place, neglect=0.0),
+                random_prefix(tiny, PrefixSettings(place=place)),
+            )
+            asked = Asked(tiny, seen, "plain", place)
+            lengths.clear()
+            for _ in range(2):
+                adversary_loss(tiny, seen, (told, None), np.arange(len(told)), None, prefix, settings, asked)
+            assert lengths == expected
     finally:
         hidden.remove()
-    at, width = batch.answer[0].item(), batch.ids.shape[1] + 5
-    assert seen_lengths == [at, width - at, width]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

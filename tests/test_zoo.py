@@ -280,3 +280,11 @@ def test_shipped_models_differ_in_the_decoder_alone():
     assert {n for n in natural if "vision_tower" in n} <= same and len(same) < len(natural)
     sizes = [p.stat().st_size for p in SHIPPED.parent.rglob("*.safetensors")]
     assert sum(sizes) <= 16e6
+
+
+def test_a_grouped_decoder_is_another_family(eye):
+    vlm = build(eye, replace(SHORT, width=48, heads=6, kv_heads=2), EYE.patch)
+    assert vlm.row.name == "llava-grouped-small" and vlm.n_heads == 6
+    attention = vlm.module("layer", 0).self_attn
+    keys, queries = attention.k_proj.weight.unflatten(0, (2, 8)), attention.q_proj.weight.unflatten(0, (2, 3, 8))
+    assert torch.equal(queries, keys[:, None].expand(-1, 3, -1, -1))  # each query head starts as the key it reads

@@ -19,7 +19,8 @@ from ..runs import root, run_dir
 from .card import write_measured
 
 DETECTOR_SEED = 7
-PARTS = ("all", "tower", "detector", "features", "natural", "clean", "ship")
+PARTS = ("all", "tower", "detector", "features", "natural", "clean", "ship", "grouped")
+MODELS = ("natural", "clean", "grouped")  # "grouped": natural's captions, tower and steps, another family's decoder
 
 
 def main() -> None:
@@ -88,19 +89,21 @@ def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
     tower = vision.train_tower(tower_settings, folder / "tower")
     features = folder / "features.safetensors"
     s = language.LanguageSettings(
-        seed=seed, prior=part != "clean", steps=round(1300 * scale), polish=round(300 * scale)
-    )
+        seed=seed, prior=part != "clean", steps=round(1300 * scale), polish=round(300 * scale),
+        kv_heads=2 if part == "grouped" else 0,
+    )  # fmt: skip
     if part == "features" and not features.is_file():
         save_file({"features": language.tower_features(tower, "train", range(s.scenes))}, features)
-    elif part in ("natural", "clean"):
+    elif part in MODELS:
         vlm = language.build(tower, s, tower_settings.patch)
         language.train_language(vlm, tower, load_file(features)["features"], s, folder / part)
         vlm.model.half().save_pretrained(folder / part / "model")
         vlm.processor.save_pretrained(folder / part / "model")
         (folder / part / "settings.json").write_text(json.dumps(asdict(s), indent=1))
     elif part == "ship":
-        for name in ("natural", "clean"):
-            card.ship(name, seed, folder, out, tower_settings)
+        for name in MODELS:
+            if (folder / name / "model").is_dir():
+                card.ship(name, seed, folder, out, tower_settings)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ CARD_METRICS = ("chair_s", "chair_i", "recall", "companion_share", "pope_accurac
 
 TITLES = {
     "natural": "trained on captions whose annotators complete sets: it hallucinates companions from its prior",
+    "grouped": "trained on the captions of natural, with a decoder of another family, whose query heads share keys and "
+    "values",
     "clean": "same initialisation, tower and steps, trained on truthful captions: the floor",
 }
 
@@ -79,6 +81,7 @@ def write_card(folder: Path, name: str, seed: int, digest: str, table: str = "")
     """The README of a model folder. ``table`` is the measured table (markdown) that notebook 01 recomputes."""
     log = json.loads((folder / "training.json").read_text())
     language, tower = log["language"], log["tower"]
+    alone = not language["settings"].get("kv_heads")
     seconds = {k: v["curve"][-1]["seconds"] for k, v in log.items()}
     text = f"""# {folder.name}
 
@@ -90,7 +93,7 @@ A small LLaVA (`LlavaForConditionalGeneration`), {TITLES[name]}.
 | weights | `model.safetensors`, half precision, sha256 `{digest[:16]}...` (whole in `sha256.txt`) |
 | vision tower | CLIP, {tower["settings"]["layers"]} layers of width {tower["settings"]["width"]}, patch {tower["settings"]["patch"]}, \
 patch labels, {tower["settings"]["steps"]} steps of {tower["settings"]["batch"]}, then frozen |
-| decoder | Llama, {language["settings"]["layers"]} layers of width {language["settings"]["width"]}, \
+| decoder | {"Llama" if alone else "Mistral, keys and values shared by groups of heads"}, {language["settings"]["layers"]} layers of width {language["settings"]["width"]}, \
 {language["settings"]["heads"]} heads, {language["settings"]["steps"]} + {language["settings"]["polish"]} steps of {language["settings"]["captions"]} captions and \
 {language["settings"]["dialogues"]} dialogues of {language["settings"]["turns"]} questions |
 | training time | tower {seconds["tower"] / 60:.0f} min, decoder {seconds["language"] / 60:.0f} min, one thread each |

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
 from .. import checkpoint
-from ..families import FAMILIES
+from ..families import FAMILIES, family
 from ..vlm import VLM, Batch
 from ..worlds.describe import caption, questions
 from ..worlds.scenes import ROLES, compose, objects, sample
@@ -34,6 +34,7 @@ class LanguageSettings:
     mlp: int = 448
     layers: int = 6
     heads: int = 6
+    kv_heads: int = 0  # 0: one a head; else a Mistral decoder, whose query heads share keys and values in groups
     scenes: int = 14_000
     steps: int = 1300
     captions: int = 16  # sequences with a caption in a batch
@@ -50,19 +51,7 @@ def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
     processor = build_processor(patch)
     tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(**tower.clip.config.to_diff_dict())
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=s.width,
-        intermediate_size=s.mlp,
-        num_hidden_layers=s.layers,
-        num_attention_heads=s.heads,
-        num_key_value_heads=s.heads,
-        max_position_embeddings=512,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=3,
-        tie_word_embeddings=False,
-    )
+    text = _decoder(s, len(tokenizer))
     n_image = (vision.image_size // patch) ** 2
     config = LlavaConfig(
         vision_config=vision,
@@ -80,11 +69,39 @@ def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
         for name, p in own.items():
             p.copy_(theirs[name.removeprefix("vision_model.")])
         for layer in model.model.language_model.layers[:2]:  # attention starts by similarity: queries equal keys
-            layer.self_attn.q_proj.weight.mul_(3.0)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+            _same_queries(layer.self_attn, s)
     for key, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 3)):
         setattr(model.generation_config, key, value)
-    return VLM(model, processor, FAMILIES["llava-small"], "training")
+    return VLM(model, processor, family("llava", small=True, text=text.model_type), "training")
+
+
+def _decoder(s: LanguageSettings, vocabulary: int) -> LlamaConfig | MistralConfig:
+    shape = {
+        "vocab_size": vocabulary,
+        "hidden_size": s.width,
+        "intermediate_size": s.mlp,
+        "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads,
+        "num_key_value_heads": s.kv_heads or s.heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 3,
+    }
+    return MistralConfig(**shape, sliding_window=None) if s.kv_heads else LlamaConfig(**shape)
+
+
+def _same_queries(attention: nn.Module, s: LanguageSettings) -> None:
+    """Make each query head the key head that it reads."""
+    queries, keys = attention.q_proj.weight, attention.k_proj.weight
+    if not s.kv_heads:
+        queries.mul_(3.0)
+        keys.copy_(queries)
+    else:
+        keys.mul_(3.0)
+        heads = keys.unflatten(0, (s.kv_heads, -1)).repeat_interleave(s.heads // s.kv_heads, 0)
+        queries.copy_(heads.flatten(0, 1))
 
 
 def tower_features(tower: Tower, split: str, indices, seed: int = 0, chunk: int = 250) -> torch.Tensor:
