@@ -166,11 +166,17 @@ class EditBench:
             for condition in case.conditions:
                 prompt = "speculative" if condition == "speculative" else "plain"
                 told = write(prompt=prompt, prefix=prefixes.get(condition))
+                if condition == "clean":
+                    write_parquet(told, self.folder / f"{case.name}-told.parquet")
                 parts.append(chair(told, self.truth).items.assign(condition=condition))
         found = pd.concat(parts, ignore_index=True)
         found = found[found["metric"].isin(METRICS)].reset_index(drop=True)
         write_parquet(found, path)
         return found
+
+    def told(self, case: EditCase) -> pd.DataFrame:
+        """The captions that the case wrote under ``clean``; FileNotFoundError before it was judged."""
+        return read_parquet(self.folder / f"{case.name}-told.parquet")
 
 
 def edit_trial(bench: EditBench, cases: Iterable[EditCase], given: dict[str, Delta] | None = None) -> pd.DataFrame:

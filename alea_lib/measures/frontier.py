@@ -12,6 +12,7 @@ number of a list item, and never inside a number ("3.5").
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -113,7 +114,7 @@ def frontier(
 
 def frontier_gap(
     base_captions: pd.DataFrame,
-    method_captions: pd.DataFrame,
+    method_captions: pd.DataFrame | Sequence[pd.DataFrame],
     truth: Truth,
     family: str = "singularise",
     n_resamples: int = RESAMPLES,
@@ -123,17 +124,21 @@ def frontier_gap(
     """CHAIRs of the base model cut to the method's recall, minus the method's CHAIRs: positive = better.
 
     Linear between cuts, from the empty caption (recall 0, CHAIRs 0) up, and clamped at the base model's full
-    caption. Where several cuts have the same recall, the one with the lowest CHAIRs stands for the
-    frontier. Paired bootstrap by image: in each resample the whole frontier and the method are computed
-    anew. Returns value, lo, hi, n (images).
+    caption. Several tables (seeds of a method, of the same images) count together. Where several cuts have the same
+    recall, the one with the lowest CHAIRs stands for the frontier. Paired bootstrap by image: in each resample the
+    whole frontier and the method are computed anew. Returns value, lo, hi, n (images).
     """
-    base, method = check_captions(base_captions, truth), check_captions(method_captions, truth)
-    base, method = (t.sort_values("image_id", ignore_index=True) for t in (base, method))
-    odd = sorted(set(base["image_id"]).symmetric_difference(method["image_id"]))
-    if odd:
-        raise DataError(f"{len(odd)} images are captioned by one side only, e.g. {odd[:3]}; caption the same images")
-    points, own = _points(base, truth, family), _counts(method, truth, family)[:, None]
-    stacked = np.concatenate([points, own], axis=1)
+    given = [method_captions] if isinstance(method_captions, pd.DataFrame) else list(method_captions)
+    base, *methods = (
+        check_captions(t, truth).sort_values("image_id", ignore_index=True) for t in (base_captions, *given)
+    )
+    for method in methods:
+        if odd := sorted(set(base["image_id"]).symmetric_difference(method["image_id"])):
+            raise DataError(
+                f"{len(odd)} images are captioned by one side only, e.g. {odd[:3]}; caption the same images"
+            )
+    own = sum(_counts(method, truth, family) for method in methods)
+    stacked = np.concatenate([_points(base, truth, family), own[:, None]], axis=1)
     sums = resampled_sums(stacked.reshape(len(stacked), -1), n_resamples, seed).reshape(-1, *stacked.shape[1:])
     value = float(_gap(_ratio(stacked.sum(axis=0))[None])[0])
     lo, hi = interval(value, _gap(_ratio(sums)), level)
