@@ -1,0 +1,48 @@
+"""Formulas as MathML, made while the book is built: no script, no fonts to fetch, read aloud by screen readers.
+
+A formula that cannot be converted in full is a warning, and so fails the build.
+"""
+
+import re
+
+from docutils import nodes
+from latex2mathml.converter import convert
+from sphinx.util import logging
+from sphinx.util.math import get_node_equation_number
+
+log = logging.getLogger(__name__)
+LEFT_OVER = re.compile(r"<m[a-z]+[^>]*>(\\[a-zA-Z]+|&)</m")  # what the converter did not know
+
+
+def mathml(node: nodes.Node, display: str) -> str:
+    """One formula; where the conversion fails, its TeX text."""
+    text = node.astext().strip()
+    try:
+        found = convert(text, display=display)
+    except Exception as error:  # each of its errors has a type of its own
+        log.warning("cannot convert the formula %s (%s)", text, type(error).__name__, location=node)
+        return f"<code>{nodes.Text(text).astext()}</code>"
+    unknown = LEFT_OVER.search(found)
+    if unknown:
+        log.warning("the formula %s holds %s, which MathML text cannot show", text, unknown.group(1), location=node)
+    return found
+
+
+def visit_inline(self, node: nodes.math) -> None:
+    self.body.append(mathml(node, "inline"))
+    raise nodes.SkipNode
+
+
+def visit_block(self, node: nodes.math_block) -> None:
+    self.body.append(self.starttag(node, "div", CLASS="math"))
+    if node["number"]:
+        self.body.append(f'<span class="eqno">({get_node_equation_number(self, node)})')
+        self.add_permalink_ref(node, "Link to this equation")
+        self.body.append("</span>")
+    self.body.append(mathml(node, "block") + "</div>\n")
+    raise nodes.SkipNode
+
+
+def setup(app) -> dict:
+    app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
