@@ -25,7 +25,8 @@ from alea_lib.runs import (
 )
 from alea_lib.runs.__main__ import assignments, main
 from alea_lib.runs.collect import collect, publish
-from alea_lib.runs.execute import brief, execute, guard, hide_injected
+from alea_lib.runs.execute import brief, execute, hide_injected
+from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import dependencies, parameters
 from alea_lib.runs.places import read_yaml
 from alea_lib.runs.study import clear_stale_lock, stale_reason

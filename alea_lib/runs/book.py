@@ -72,6 +72,7 @@ def prepare(profile: str) -> None:
         )
     )
     generated = root / "book" / "generated"
+    generated.mkdir(exist_ok=True)
     for old in [*(root / "book" / "notebooks").glob("*.ipynb"), *generated.glob("*.md"), *generated.glob("tables/*")]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for name, folder in folders.items():
@@ -80,7 +81,8 @@ def prepare(profile: str) -> None:
             shutil.copyfile(text, generated / text.name)  # sentences with numbers, written by chapters
     write_status(profile, finished(profile, places.plan(profile)))
     (generated / "note.md").write_text(note(profile), encoding="utf-8")
-    (generated / "published.md").write_text("".join(f"- {guard.published_mark(p)}\n" for p in published()))
+    marks = "".join(f"- {guard.published_mark(name)}\n" for name in published())
+    (generated / "published.md").write_text(marks, encoding="utf-8")
 
 
 def published() -> list[str]:
@@ -95,7 +97,7 @@ def note(profile: str) -> str:
 
 
 def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
-    """Write a run's notebook as a page: the profile's warning, the state of published tables, the tables to download."""
+    """Write a run's notebook as a page, with the profile's warning, the state of published tables, and its tables."""
     page = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
     used = {Path(name).parts[2] for name in record["inputs"] if name.startswith("data/results/")}
     marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]

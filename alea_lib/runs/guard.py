@@ -1,7 +1,8 @@
 """What no page of the book may be: unfinished, failed, stale, mute or dependent on the network.
 
-Each rule takes what it looks at and yields one sentence a fault. `guard` refuses a single executed notebook; `book.build`
-asks all rules and refuses the book. Tables that were published by code that has changed since are marked, not refused.
+Each rule takes what it looks at and yields one sentence a fault. `guard` refuses a single executed notebook;
+`book.build` asks all rules and refuses the book. Tables that were published by code that has changed since are marked,
+not refused.
 """
 
 import ast
@@ -69,7 +70,7 @@ def mute_figures(book: dict) -> Iterator[str]:
 
 
 def long_cells(book: dict) -> Iterator[str]:
-    """Code cells of more than ``LINES`` lines, not counting imports and empty lines; parameters are a list, not code."""
+    """Code cells of more than ``LINES`` lines, not counting imports and empty lines; parameters may be many."""
     for index, cell in enumerate(book["cells"]):
         if cell["cell_type"] != "code" or "parameters" in cell["metadata"].get("tags", []):
             continue

@@ -1,4 +1,4 @@
-"""The book as one printable PDF, without TeX: a single page by jupyter-book, printed by the system's Chromium or Chrome."""
+"""The book as one printable PDF, without TeX: one page by jupyter-book, printed by the system's Chromium or Chrome."""
 
 import os
 import shutil
