@@ -34,8 +34,9 @@ def browser() -> str:
 def print_page(page: Path, target: Path) -> None:
     """Print an HTML file into a PDF with page numbers and an outline."""
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser(), "--headless", "--disable-gpu", f"--user-data-dir={profile}", "--no-pdf-header-footer"]
-        command += ["--generate-pdf-document-outline", f"--print-to-pdf={target}", page.resolve().as_uri()]
+        command = [browser(), "--headless", "--disable-gpu", "--disable-background-networking", "--no-pdf-header-footer"]
+        command += [f"--user-data-dir={profile}", "--generate-pdf-document-outline", f"--print-to-pdf={target}"]
+        command += [page.resolve().as_uri()]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             command.insert(1, "--no-sandbox")  # Chromium's sandbox does not run as root (containers)
         try:
