@@ -73,12 +73,13 @@ def prepare(profile: str) -> None:
     )
     generated = root / "book" / "generated"
     generated.mkdir(exist_ok=True)
-    for old in [*(root / "book" / "notebooks").glob("*.ipynb"), *generated.glob("*.md"), *generated.glob("tables/*")]:
+    made = [path for kind in ("*.md", "*.svg", "tables/*") for path in generated.glob(kind)]
+    for old in [*(root / "book" / "notebooks").glob("*.ipynb"), *made]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for name, folder in folders.items():
         dress(folder, records[name], root / "book" / f"{name}.ipynb", profile)
-        for text in sorted(folder.glob("*.md")):
-            shutil.copyfile(text, generated / text.name)  # sentences with numbers, written by chapters
+        for text in sorted([*folder.glob("*.md"), *folder.glob("*.svg")]):
+            shutil.copyfile(text, generated / text.name)  # sentences with numbers and figures, made by chapters
     write_status(profile, finished(profile, places.plan(profile)))
     (generated / "note.md").write_text(note(profile), encoding="utf-8")
     marks = "".join(f"- {guard.published_mark(name)}\n" for name in published())

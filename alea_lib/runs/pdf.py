@@ -34,7 +34,13 @@ def browser() -> str:
 def print_page(page: Path, target: Path) -> None:
     """Print an HTML file into a PDF with page numbers and an outline."""
     with tempfile.TemporaryDirectory() as profile:
-        command = [browser(), "--headless", "--disable-gpu", "--disable-background-networking", "--no-pdf-header-footer"]
+        command = [
+            browser(),
+            "--headless",
+            "--disable-gpu",
+            "--disable-background-networking",
+            "--no-pdf-header-footer",
+        ]
         command += [f"--user-data-dir={profile}", "--generate-pdf-document-outline", f"--print-to-pdf={target}"]
         command += [page.resolve().as_uri()]
         if hasattr(os, "geteuid") and os.geteuid() == 0:
