@@ -219,11 +219,15 @@ def test_pages_carry_marks_and_tables(repository, tmp_path):
     profile = tmp_path / "data" / "profiles" / "toy.yaml"
     profile.write_text("note: No number here means anything.\n" + profile.read_text())
     target = tmp_path / "book" / "notebooks" / "01_make.ipynb"
-    book.dress(run, {"inputs": {"data/results/long/made.csv": {}}}, target, "toy")
+    (results / "read.csv").write_text("b\n2\n")
+    book.dress(run, {"inputs": {"data/results/long/read.csv": {}, "01_make": {}}}, target, "toy")
     texts = ["".join(cell["source"]) for cell in json.loads(target.read_text())["cells"]]
     assert texts[0] == "# A toy" and "No number here means anything." in texts[1] and "not known" in texts[2]
     assert "{download}`made.csv <../generated/tables/01_make/made.csv>`" in texts[-1]
-    assert (tmp_path / "book" / "generated" / "tables" / "01_make" / "made.csv").read_text() == "a\n1\n"
+    assert "{download}`read.csv <../generated/tables/long/read.csv>`" in texts[-1]
+    tables = tmp_path / "book" / "generated" / "tables"
+    assert (tables / "01_make" / "made.csv").read_text() == "a\n1\n"
+    assert (tables / "long" / "read.csv").read_text() == "b\n2\n"
 
 
 def test_all_faults_are_told_at_once():

@@ -103,8 +103,9 @@ def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
     used = {Path(name).parts[2] for name in record["inputs"] if name.startswith("data/results/")}
     marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]
     head = [text for text in (note(profile), *marks) if text]
-    tables = sorted(path for path in folder.iterdir() if path.suffix in (".csv", ".parquet"))
-    foot = [download(tables, folder.name)] if tables else []
+    read = [places.root() / name for name in record["inputs"] if not name.startswith("data/models/")]
+    tables = [path for path in (*sorted(folder.iterdir()), *read) if path.suffix in (".csv", ".parquet")]
+    foot = [download(tables)] if tables else []
 
     def cells(texts: list[str], kind: str) -> list[dict]:
         return [
@@ -112,19 +113,23 @@ def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
             for i, text in enumerate(texts)
         ]
 
+    for cell in page["cells"]:
+        if cell["cell_type"] == "code" and "import (" in "".join(cell["source"]):
+            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]  # a long list of names
     page["cells"] = [*page["cells"][:1], *cells(head, "head"), *page["cells"][1:], *cells(foot, "foot")]
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def download(tables: list[Path], label: str) -> str:
-    """Copy tables beside the pages; a line of links to them."""
-    where = places.root() / "book" / "generated" / "tables" / label
-    where.mkdir(parents=True, exist_ok=True)
+def download(tables: list[Path]) -> str:
+    """Copy tables beside the pages, in a folder for each run; a line of links to them."""
+    links = []
     for table in tables:
+        where = places.root() / "book" / "generated" / "tables" / table.parent.name
+        where.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(table, where / table.name)
-    links = ", ".join(f"{{download}}`{t.name} <../generated/tables/{label}/{t.name}>`" for t in tables)
-    return f"**The tables behind this page**, as the run wrote them: {links}."
+        links.append(f"{{download}}`{table.name} <../generated/tables/{table.parent.name}/{table.name}>`")
+    return f"**The tables behind this page**, written or read by the run: {', '.join(links)}."
 
 
 def call_jupyter_book(builder: str, first: Path) -> None:
