@@ -157,3 +157,22 @@ def test_commands_on_pages_name_targets_and_files_that_exist():
                 assert (toy.HERE / "notebooks" / f"{notebook}.ipynb").exists(), f"{page.name}: {notebook}"
             for script in re.findall(r"(?:python|pytest) ((?:book|tests)/[\w/.]+)", block):
                 assert (toy.HERE / script).exists(), f"{page.name}: {script}"
+
+
+# ---- formulas
+
+
+def test_formulas_in_printed_tables_are_shown():
+    from docutils import nodes
+    from docutils.utils import new_document
+
+    extension = runpy.run_path(str(BOOK / "_ext" / "mathml.py"))
+    document = new_document("page")
+    table = "<td>$|d|$, $k &lt; 2$ of $5</td><td>plain</td><p>$not$ a cell</p>"
+    document += nodes.raw("", table, format="html")
+    document += nodes.raw("", "<td>$x$</td>", format="latex")
+    extension["in_tables"](None, document, "page")
+    shown, other = (node.astext() for node in document.findall(nodes.raw))
+    assert shown.count("<math") == 2 and "$|d|$" not in shown and "&#x0003C;" in shown
+    assert shown.endswith(" of $5</td><td>plain</td><p>$not$ a cell</p>")
+    assert other == "<td>$x$</td>"

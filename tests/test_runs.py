@@ -450,6 +450,21 @@ def test_stale_runs_are_told(repository):
     assert stale_reason("toy", job) == "it was run with SIZE=99"
 
 
+def test_a_run_of_other_code_is_stale(repository):
+    toy.write_notebook(repository, "01_make", "SIZE = None", "1")
+    run, job = finished(), plan("toy")[0]
+    toy.write_notebook(repository, "01_make", "SIZE = None", "2")  # while it runs: what made it is what it began with
+    run.finish()
+    (run.dir / "notebook.ipynb").write_text("{}")
+    assert stale_reason("toy", job) == "notebooks/01_make.ipynb has changed"
+    toy.write_notebook(repository, "01_make", "SIZE = None", "1")
+    assert stale_reason("toy", job) == ""
+    record = read_record(run.dir)
+    del record["sources"]
+    (run.dir / "run.json").write_text(json.dumps(record))
+    assert stale_reason("toy", job) == "its record does not say which code made it"
+
+
 def test_a_lock_is_cleared_only_if_no_one_is_at_work(repository):
     locks = repository / ".snakemake" / "locks"
     locks.mkdir(parents=True)
