@@ -20,13 +20,14 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: help install study test model implants card book run publish clean
+.PHONY: help install study test model implants card book pdf run publish clean
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
 	@echo "make test                the tests"
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
 	@echo "make book                the book again, from finished runs"
+	@echo "make pdf                 the book as one PDF (needs Chromium or Chrome): _build/look-closer.pdf"
 	@echo "make model SEED=0        train the small models (long)"
 	@echo "make publish PROFILE=thorough   run a profile (hours) and copy its tables to data/results (ONLY=10_seeds: that stage)"
 	@echo "make implants            train the implants of the small clean model: ground truth for locating (long)"
@@ -51,6 +52,9 @@ study: $(STAMP)
 
 book: $(STAMP)
 	@$(PY) -m alea_lib.runs book --profile $(PROFILE)
+
+pdf: $(STAMP)
+	@$(PY) -m alea_lib.runs pdf --profile $(PROFILE)
 
 run: $(STAMP)
 	@test -n "$(NB)" || { echo "say which notebook: make run NB=05_edit" >&2; exit 2; }

@@ -157,6 +157,9 @@ _EXPORTS = {
     "rows_of": "verdicts",
     "frontier_line": "verdicts",
     "frontier_points": "verdicts",
+    "attacked": "firstpage",
+    "core": "firstpage",
+    "summary": "firstpage",
     "figures": "figures",
 }
 

@@ -26,7 +26,8 @@ from alea_lib.runs import (
 from alea_lib.runs import collect as collect_tables
 from alea_lib.runs.__main__ import assignments, main
 from alea_lib.runs.collect import collect, publish
-from alea_lib.runs.execute import brief, execute, guard, hide_injected
+from alea_lib.runs.execute import brief, execute, hide_injected
+from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import dependencies, parameters
 from alea_lib.runs.places import read_yaml
 from alea_lib.runs.study import clear_stale_lock, stale_reason
@@ -470,6 +471,21 @@ def test_stale_runs_are_told(repository):
     run.finish()
     (run.dir / "notebook.ipynb").write_text("{}")
     assert stale_reason("toy", job) == "it was run with SIZE=99"
+
+
+def test_a_run_of_other_code_is_stale(repository):
+    toy.write_notebook(repository, "01_make", "SIZE = None", "1")
+    run, job = finished(), plan("toy")[0]
+    toy.write_notebook(repository, "01_make", "SIZE = None", "2")  # while it runs: what made it is what it began with
+    run.finish()
+    (run.dir / "notebook.ipynb").write_text("{}")
+    assert stale_reason("toy", job) == "notebooks/01_make.ipynb has changed"
+    toy.write_notebook(repository, "01_make", "SIZE = None", "1")
+    assert stale_reason("toy", job) == ""
+    record = read_record(run.dir)
+    del record["sources"]
+    (run.dir / "run.json").write_text(json.dumps(record))
+    assert stale_reason("toy", job) == "its record does not say which code made it"
 
 
 def test_a_lock_is_cleared_only_if_no_one_is_at_work(repository):

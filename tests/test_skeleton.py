@@ -129,7 +129,7 @@ def test_the_repository_address_stands_in_one_file():
     url = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
     owner = url.removeprefix("https://github.com/")
     for path in source_files():
-        if path.suffix in (".py", ".toml", ".yml", ".cff", "") and path.name != "_config.yml":
+        if path.suffix in (".py", ".toml", ".yml", ".cff", ".md", ".ipynb", "") and path.name != "_config.yml":
             assert owner not in path.read_text(encoding="utf-8", errors="ignore"), (
                 f"{path.relative_to(ROOT)} repeats it"
             )
@@ -159,3 +159,20 @@ def test_notebooks_are_valid_json_with_unique_cell_ids():
     for path in NOTEBOOKS:
         ids = [cell.get("id") for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]]
         assert len(set(ids)) == len(ids), path.name
+
+
+def test_workflows_try_every_python_and_call_targets_that_exist():
+    folder = ROOT / ".github" / "workflows"
+    flows = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yml")}
+    matrix = flows["tests"]["jobs"]["tests"]["strategy"]["matrix"]
+    admitted = SpecifierSet(PROJECT["requires-python"])
+    assert [p for p in matrix["python"] if not admitted.contains(f"{p}.1")] == []
+    assert set(matrix["python"]) == {f"3.{n}" for n in range(30) if admitted.contains(f"3.{n}.1")}
+    assert {os.split("-")[0] for os in matrix["os"]} == {"ubuntu", "macos"}
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for name, flow in flows.items():
+        assert flow["permissions"] == {"contents": "read"}, f"{name}: more than reading is asked for job by job"
+        for job in flow["jobs"].values():
+            for step in job["steps"]:
+                called = re.findall(r"\bmake ([a-z]+)", step.get("run", ""))
+                assert set(called) <= targets, f"{name}: the Makefile has no {called}"

@@ -165,7 +165,7 @@ def whole_repository(folder: Path) -> Path:
         "references.bib": "",
         "status.md": "# Status\n\n```{include} generated/status.md\n```\n",
     }
-    (folder / "book").mkdir()
+    shutil.copytree(HERE / "book" / "_ext", folder / "book" / "_ext", ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in pages.items():
         (folder / "book" / name).write_text(text, encoding="utf-8")
     return folder

@@ -1,7 +1,12 @@
-"""One style, and the figures that several chapters draw: intervals, curves, the frontier's plane."""
+"""One style, and the figures that several chapters draw: intervals, curves, the frontier's plane.
+
+Whatever colour tells apart, marks or dashes tell apart too. Figures are drawn as SVG on white, so that they are sharp
+in print and readable on a dark page.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
@@ -17,6 +22,7 @@ METHODS = {  # colour and marker of each method, the same on every page
     "sft": ("#56B4E9", "v"), "random-prefix": ("#CC79A7", "X"), "alea-official": ("#E69F00", "p"),
     "alea-corrected": ("#D55E00", "D"), "alea-mixed": ("#009E73", "P"),
 }  # fmt: skip
+MARKERS, DASHES = "osD^PvX*<>", ("-", "--", ":", "-.")
 METRIC_LABELS = {
     "chair_s": "CHAIRs (wrong captions)", "chair_i": "CHAIRi (wrong mentions)", "recall": "recall of objects",
     "words": "words", "objects_per_caption": "objects a caption", "pope_accuracy": "POPE accuracy",
@@ -40,8 +46,14 @@ def style() -> None:
             "font.size": 10,
             "axes.titlesize": 11,
             "figure.constrained_layout.use": True,
+            "figure.facecolor": "white",
+            "svg.hashsalt": "look-closer",  # the same figure is the same file
         },
     )
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    if shell is not None:  # in a notebook
+        shell.run_line_magic("config", "InlineBackend.figure_formats = ['svg']")
+        shell.run_line_magic("config", "InlineBackend.print_figure_kwargs = {'metadata': {'Date': None}}")
 
 
 def intervals(
@@ -60,13 +72,14 @@ def intervals(
     """
     groups = _in_order(table[group]) if group else [None]
     names = _in_order(table[label])
-    figure, axis = plt.subplots(figsize=(7.5, 0.6 + 0.34 * len(names) * max(1, 0.7 * len(groups))))
+    line = max(0.12 * len(groups) + 0.1, 0.34 if len(names) < 20 else 0.26)  # inches a label
+    figure, axis = plt.subplots(figsize=(7.5, 0.9 + line * len(names)))
     for g, name in enumerate(groups):
         part = table[table[group] == name] if group else table
         y = np.array([names.index(v) for v in part[label]]) + (g - (len(groups) - 1) / 2) * 0.8 / len(groups)
-        colour, marker = METHODS.get(name, (sns.color_palette("colorblind")[g % 10], "osD^Pv"[g % 6]))
+        colour, marker = METHODS.get(name, (sns.color_palette("colorblind")[g % 10], MARKERS[g % len(MARKERS)]))
         error = np.abs(part[["lo", "hi"]].to_numpy().T - part[value].to_numpy())
-        axis.errorbar(part[value], y, xerr=error, fmt=marker, color=colour, label=name, capsize=2, markersize=5, lw=1.3)
+        axis.errorbar(part[value], y, xerr=error, fmt=marker, color=colour, label=name, capsize=2, markersize=5, lw=1.2)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set(title=title, xlabel=xlabel)
@@ -108,14 +121,12 @@ def curves(
     for axis, (column, label) in zip(axes.flat, columns.items()):
         for i, (name, part) in enumerate(table.groupby(hue, sort=False) if hue else [(None, table)]):
             smooth = part[column].rolling(window, min_periods=1).mean()
-            axis.plot(
-                part[x],
-                smooth,
-                lw=1.6,
-                ls=["-", "--", ":"][i % 3],
-                label=name,
-                color=sns.color_palette("colorblind")[i],
-            )
+            look = {
+                "ls": DASHES[i % 4],
+                "marker": MARKERS[i % len(MARKERS)],
+                "color": sns.color_palette("colorblind")[i],
+            }
+            axis.plot(part[x], smooth, lw=1.6, label=name, markersize=4, markevery=max(1, len(part) // 8), **look)
         axis.set(xlabel=x, title=label)
         if hue:
             axis.legend(frameon=False)
@@ -129,6 +140,13 @@ def frontier_plane(frontier: pd.DataFrame, points: pd.DataFrame, title: str) -> 
     ``points``: method, chair_s, chair_s_lo, chair_s_hi, recall, recall_lo, recall_hi. Below the line is better.
     """
     figure, axis = plt.subplots(figsize=(7, 4.4))
+    draw_plane(axis, frontier, points)
+    axis.set_title(title)
+    return figure
+
+
+def draw_plane(axis, frontier: pd.DataFrame, points: pd.DataFrame) -> None:
+    """The frontier's plane on axes that are there."""
     line = frontier.sort_values("recall")
     axis.plot(line["recall"], line["chair_s"], color="0.35", lw=1.5, zorder=1, label="base, cut to its first sentences")
     axis.fill_between(line["recall"], line["chair_s_lo"], line["chair_s_hi"], color="0.6", alpha=0.3, zorder=0)
@@ -146,10 +164,9 @@ def frontier_plane(frontier: pd.DataFrame, points: pd.DataFrame, title: str) -> 
             xerr=[[p["recall"] - p["recall_lo"]], [p["recall_hi"] - p["recall"]]],
             yerr=[[p["chair_s"] - p["chair_s_lo"]], [p["chair_s_hi"] - p["chair_s"]]],
         )
-    axis.set(xlabel="recall of objects", ylabel="CHAIRs: captions with a wrong object", title=title)
+    axis.set(xlabel="recall of objects", ylabel="CHAIRs: captions with a wrong object")
     axis.set_xlim(left=max(0, points["recall"].min() - 0.25))
     axis.legend(frameon=False, loc="upper left")
-    return figure
 
 
 def stack(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -162,7 +179,8 @@ def widths(table: pd.DataFrame, title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(6.5, 3.4))
     for i, (what, part) in enumerate(table.groupby("what", sort=False)):
         colour = sns.color_palette("colorblind")[i]
-        axis.plot(part["n"], 100 * part["half_width"], "osD^"[i % 4] + "-", color=colour, lw=1.4, label=what)
+        look = {"marker": MARKERS[i % len(MARKERS)], "ls": DASHES[i % 4], "color": colour}
+        axis.plot(part["n"], 100 * part["half_width"], lw=1.4, label=what, **look)
     axis.axhline(2, color="0.4", ls=":", lw=1)
     axis.set(title=title, xlabel="test images", ylabel="half interval in points", xscale="log", yscale="log")
     axis.set_xticks(sorted(table["n"].unique()), sorted(table["n"].unique()))

@@ -80,14 +80,27 @@ def confusion(named: pd.DataFrame, locators: Sequence[str], title: str) -> Figur
     return headed(figure, title)
 
 
+def spread(heights: np.ndarray, apart: float) -> np.ndarray:
+    """Heights moved as little as a pass from the lowest up needs, so that no two are closer than ``apart``."""
+    order, placed = np.argsort(heights, kind="stable"), np.array(heights, dtype=float)
+    for below, above in zip(order[:-1], order[1:]):
+        placed[above] = max(placed[above], placed[below] + apart)
+    return placed - (placed.mean() - np.mean(heights))
+
+
 def cost_quality(table: pd.DataFrame, cost: str, quality: str, title: str, xlabel: str, ylabel: str) -> Figure:
     """Locators as labelled points (columns locator, target, cost, quality): cheap is left (logarithmic), good is up."""
     figure, axes = plt.subplots(1, table["target"].nunique(), figsize=(10, 4), squeeze=False, sharey=True)
     for axis, (target, part) in zip(axes.flat, table.groupby("target", sort=False)):
         axis.scatter(part[cost], part[quality], color="#0072B2", zorder=3)
-        for row in part.itertuples(index=False):
-            at = (getattr(row, cost), getattr(row, quality))
-            axis.annotate(row.locator, at, xytext=(4, 3), textcoords="offset points", fontsize=8)
+        line = {"arrowstyle": "-", "lw": 0.5, "color": "0.6", "shrinkA": 0, "shrinkB": 0}
+        for _, group in part.groupby(
+            np.log1p(part[cost]).round(1)
+        ):  # what costs about the same: labels one below the other
+            heights = spread(group[quality].to_numpy(), 0.048)
+            for (_, row), height in zip(group.iterrows(), heights):
+                place = {"xytext": (10, height), "textcoords": ("offset points", "data"), "va": "center"}
+                axis.annotate(row["locator"], (row[cost], row[quality]), fontsize=8, arrowprops=line, **place)
         axis.set(xscale="symlog", xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.08))
         axis.set_title(f"{target} locators", fontsize=10)
     return headed(figure, title)

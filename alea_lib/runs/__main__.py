@@ -1,4 +1,4 @@
-"""python -m alea_lib.runs study | execute | collect | publish | book | guard"""
+"""python -m alea_lib.runs study | execute | collect | publish | book | pdf | guard"""
 
 import argparse
 import os
@@ -33,9 +33,10 @@ def parser() -> argparse.ArgumentParser:
     collect = commands.add_parser("collect", help="join the tables of finished stages")
     book = commands.add_parser("book", help="build the book from finished stages")
     publish = commands.add_parser("publish", help="copy the joined tables to data/results, to be committed")
+    pdf = commands.add_parser("pdf", help="the book as one PDF, printed by Chromium")
     for sub in (study, publish):
         sub.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone, all variants")
-    for sub in (study, one, collect, book, publish):
+    for sub in (study, one, collect, book, pdf, publish):
         sub.add_argument("--profile", default="scenes")
     guard = commands.add_parser("guard", help="refuse notebooks that were not executed to their end")
     guard.add_argument("notebooks", nargs="+", type=Path)
@@ -81,8 +82,12 @@ def act(args: argparse.Namespace) -> int:
         from alea_lib.runs.book import build
 
         build(args.profile)
+    elif args.command == "pdf":
+        from alea_lib.runs.pdf import build
+
+        build(args.profile)
     else:
-        from alea_lib.runs.execute import guard
+        from alea_lib.runs.guard import guard
 
         for path in args.notebooks:
             guard(path)

@@ -1,5 +1,6 @@
-"""Build the book from executed notebooks: copy, guard, write the status table, call jupyter-book."""
+"""Build the book from executed notebooks: ask the guard, dress the pages, call jupyter-book, ask the guard again."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -7,10 +8,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.runs import places
+from alea_lib.runs import guard, places
 from alea_lib.runs.collect import finished, run_table
-from alea_lib.runs.execute import copy_page
+from alea_lib.runs.imports import source_hashes
 from alea_lib.runs.places import Job, RunError
+from alea_lib.runs.record import read_record
 
 
 def pages(profile: str) -> dict[str, Job]:
@@ -39,34 +41,107 @@ def toc_files(toc) -> list[str]:
 
 
 def build(profile: str) -> Path:
-    """The whole book; returns its first page."""
-    root = places.root()
-    shown = pages(profile)
-    folders = finished(profile, list(shown.values()))
-    target = root / "book" / "notebooks"
-    target.mkdir(exist_ok=True)
-    for old in target.glob("*.ipynb"):
-        old.unlink()
-    for name, folder in zip(shown, folders, strict=True):
-        copy_page(folder / "notebook.ipynb", root / "book" / f"{name}.ipynb")
+    """The whole book in HTML; returns its first page."""
+    prepare(profile)
+    index = places.root() / "_build" / "html" / "index.html"
+    call_jupyter_book("html", index)
+    refuse(guard.built(index.parent))
+    print(f"book built from profile {profile}: {index.relative_to(places.root())}", flush=True)
+    return index
+
+
+def refuse(faults) -> None:
+    """One error for all faults, if there are any."""
+    found = list(faults)
+    if found:
+        told = "\n  ".join([*found[:20], *([f"... and {len(found) - 20} more"] if len(found) > 20 else [])])
+        raise RunError(f"the book is not built:\n  {told}\n(stale pages: make study runs what has changed)")
+
+
+def prepare(profile: str) -> None:
+    """Put executed notebooks and all generated text where jupyter-book reads them, after the guard has seen them."""
+    root, shown = places.root(), pages(profile)
+    folders = dict(zip(shown, finished(profile, list(shown.values())), strict=True))
+    records = {name: read_record(folder) for name, folder in folders.items()}
+    sources = {name: root / f"{name}.ipynb" for name in shown}
+    refuse(
+        fault
+        for name, folder in folders.items()
+        for fault in guard.page_faults(
+            folder / "notebook.ipynb", sources[name], records[name], source_hashes(sources[name])
+        )
+    )
+    generated = root / "book" / "generated"
+    generated.mkdir(exist_ok=True)
+    made = [path for kind in ("*.md", "*.svg", "tables/*") for path in generated.glob(kind)]
+    for old in [*(root / "book" / "notebooks").glob("*.ipynb"), *made]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for name, folder in folders.items():
+        dress(folder, records[name], root / "book" / f"{name}.ipynb", profile)
+        for text in sorted([*folder.glob("*.md"), *folder.glob("*.svg")]):
+            shutil.copyfile(text, generated / text.name)  # sentences with numbers and figures, made by chapters
     write_status(profile, finished(profile, places.plan(profile)))
-    for text in [path for folder in folders for path in sorted(folder.glob("*.md"))]:
-        shutil.copyfile(text, root / "book" / "generated" / text.name)  # sentences with numbers, written by chapters
-    index = root / "_build" / "html" / "index.html"
-    shutil.rmtree(index.parent, ignore_errors=True)
-    program = [
-        sys.executable,
-        "-c",
-        "from jupyter_book.cli.main import main; main()",
-    ]  # of this environment, not of the PATH
-    command = [*program, "build", "book", "--all", "-W", "-n", "--keep-going", "-q"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
-    if done.returncode or not index.exists():
+    (generated / "note.md").write_text(note(profile), encoding="utf-8")
+    marks = "".join(f"- {guard.published_mark(name)}\n" for name in published())
+    (generated / "published.md").write_text(marks, encoding="utf-8")
+
+
+def published() -> list[str]:
+    """The profiles whose tables lie in data/results."""
+    return sorted(path.parent.name for path in (places.root() / "data" / "results").glob("*/runs.csv"))
+
+
+def note(profile: str) -> str:
+    """The warning that a profile wants to see on every page (its line `note`), as Markdown."""
+    text = places.load_profile(profile).get("note")
+    return f":::{{warning}}\n{text}\n:::\n" if text else ""
+
+
+def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
+    """Write a run's notebook as a page, with the profile's warning, the state of published tables, and its tables."""
+    page = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
+    used = {Path(name).parts[2] for name in record["inputs"] if name.startswith("data/results/")}
+    marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]
+    head = [text for text in (note(profile), *marks) if text]
+    read = [places.root() / name for name in record["inputs"] if not name.startswith("data/models/")]
+    tables = [path for path in (*sorted(folder.iterdir()), *read) if path.suffix in (".csv", ".parquet")]
+    foot = [download(tables)] if tables else []
+
+    def cells(texts: list[str], kind: str) -> list[dict]:
+        return [
+            {"cell_type": "markdown", "id": f"{kind}-{i}", "metadata": {}, "source": text}
+            for i, text in enumerate(texts)
+        ]
+
+    for cell in page["cells"]:
+        if cell["cell_type"] == "code" and "import (" in "".join(cell["source"]):
+            cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]  # a long list of names
+    page["cells"] = [*page["cells"][:1], *cells(head, "head"), *page["cells"][1:], *cells(foot, "foot")]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def download(tables: list[Path]) -> str:
+    """Copy tables beside the pages, in a folder for each run; a line of links to them."""
+    links = []
+    for table in tables:
+        where = places.root() / "book" / "generated" / "tables" / table.parent.name
+        where.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(table, where / table.name)
+        links.append(f"{{download}}`{table.name} <../generated/tables/{table.parent.name}/{table.name}>`")
+    return f"**The tables behind this page**, written or read by the run: {', '.join(links)}."
+
+
+def call_jupyter_book(builder: str, first: Path) -> None:
+    """One call of this environment's jupyter-book, every warning an error; `first` is the page it must make."""
+    shutil.rmtree(first.parent, ignore_errors=True)
+    program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command = [*program, "build", "book", "--builder", builder, "--all", "-W", "-n", "--keep-going", "-q"]
+    done = subprocess.run(command, cwd=places.root(), capture_output=True, text=True)
+    if done.returncode or not first.exists():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
         raise RunError("jupyter-book did not build the book:\n  " + "\n  ".join(told))
-    print(f"book built from profile {profile}: {index.relative_to(root)}", flush=True)
-    return index
 
 
 def write_status(profile: str, folders: list[Path]) -> None:

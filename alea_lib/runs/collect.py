@@ -6,12 +6,13 @@ from pathlib import Path
 import pandas as pd
 
 from alea_lib.runs import places
+from alea_lib.runs.imports import sources_id
 from alea_lib.runs.places import Job, MissingStage, RunError
 from alea_lib.runs.record import read_record
 
 RUN_COLUMNS = (
     "run_id", "stage", "git_commit", "dirty", "started_utc", "seconds", "device", "peak_mib", "threads",
-    "torch", "transformers", "params_json", "inputs_sha256",
+    "torch", "transformers", "params_json", "inputs_sha256", "sources_sha256",
 )  # fmt: skip
 LARGE = 1_000_000  # bytes of a table
 JOINED = ("localisation", "robustness", "ablations", "rivals", "tuning")  # tables of single stages, with run_id added
@@ -161,5 +162,6 @@ def run_table(folders: list[Path]) -> pd.DataFrame:
         record = read_record(folder)
         stage = Job(record["stage"], record["variant"]).label
         params = json.dumps(record["params"], sort_keys=True)
-        rows.append({**record, "stage": stage, "params_json": params})
+        code = sources_id(record.get("sources", {}))
+        rows.append({**record, "stage": stage, "params_json": params, "sources_sha256": code})
     return pd.DataFrame(rows, columns=list(RUN_COLUMNS)).sort_values("stage", kind="stable")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alea_lib.runs import places
+from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import PACKAGE, parameters
 from alea_lib.runs.places import RunError
 
@@ -160,32 +160,3 @@ def hide_injected(path: Path) -> None:
         if "injected-parameters" in tags and "remove-cell" not in tags:
             cell["metadata"]["tags"] = [*tags, "remove-cell"]
     path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def guard(path: Path) -> None:
-    """Refuse a notebook that was not executed to its end without an error."""
-    book = json.loads(Path(path).read_text(encoding="utf-8"))
-    state = book["metadata"].get("papermill", {})
-    if not state or not state.get("end_time"):
-        raise RunError(f"{path.name} was not executed to its end by papermill")
-    for index, cell in enumerate(book["cells"]):
-        tags = cell["metadata"].get("tags", [])
-        if "papermill-error-cell-tag" in tags:
-            raise RunError(f"{path.name} failed: papermill left an error mark in cell {index}")
-        if cell["cell_type"] != "code" or not "".join(cell["source"]).strip():
-            continue
-        if any(output["output_type"] == "error" for output in cell["outputs"]):
-            raise RunError(f"{path.name} failed: cell {index} holds an error")
-        if cell.get("execution_count") is None:
-            raise RunError(f"{path.name} is incomplete: cell {index} was not executed")
-        if cell["metadata"].get("papermill", {}).get("status", "completed") != "completed":
-            raise RunError(f"{path.name} is incomplete: cell {index} is {cell['metadata']['papermill']['status']}")
-    if state.get("exception"):
-        raise RunError(f"{path.name} failed: papermill recorded an exception")
-
-
-def copy_page(source: Path, target: Path) -> None:
-    """Copy an executed notebook for the book, guarded."""
-    guard(source)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)

@@ -6,7 +6,9 @@ The engine (alea_lib.runs) is left out: it keeps the books and computes no resul
 """
 
 import ast
+import hashlib
 import json
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -46,6 +48,30 @@ def dependencies(notebook: Path, package: Path | None = None) -> list[Path]:
     for cell in code_cells(notebook):
         library.follow(parse_cell(cell["source"]), here="")
     return sorted(library.files)
+
+
+def source_hashes(notebook: Path) -> dict[str, str]:
+    """Content hashes of all that a notebook's results and figures are made by: its code cells, its library files.
+
+    Names are relative to the repository; markdown, metadata and outputs of the notebook do not count.
+    """
+    cells = json.dumps([cell["source"] for cell in code_cells(notebook)])
+    found = {f"notebooks/{Path(notebook).name}": hashlib.sha256(cells.encode()).hexdigest()}
+    for path in dependencies(notebook):
+        name = path.relative_to(PACKAGE.parent).as_posix()
+        found[name] = _content(path, path.stat().st_mtime_ns)
+    return found
+
+
+@cache
+def _content(path: Path, _written: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def sources_id(sources: dict[str, str]) -> str:
+    """One hash for what made a run's tables: all sources but those that only draw; '' where none are known."""
+    counted = {name: value for name, value in sources.items() if not name.startswith(f"{PACKAGE.name}/figures/")}
+    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest() if sources else ""
 
 
 class Library:

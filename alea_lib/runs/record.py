@@ -89,6 +89,7 @@ class Run:
         self.inputs: dict[str, dict] = {}
         self._run_id = ""
         self._started = time.time()
+        self._sources = _sources(stage)  # now: a file that changes while this runs did not make it
         self.dir = places.run_dir(profile, stage, variant)
         _make_ready(self.dir)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -185,6 +186,7 @@ class Run:
             "params": self.params,
             "inputs": self.inputs,
             "inputs_sha256": hash_of(self.inputs),
+            "sources": self._sources,
             "outputs": outputs,
             "outputs_sha256": hash_of(stable),
             "started_utc": datetime.fromtimestamp(self._started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -192,6 +194,14 @@ class Run:
             **_code(),
             **_machine(),
         }
+
+
+def _sources(stage: str) -> dict[str, str]:
+    """Hashes of the notebook's code and of the library files behind it; empty for a stage without a notebook."""
+    from alea_lib.runs.imports import source_hashes
+
+    notebook = places.root() / "notebooks" / f"{stage}.ipynb"
+    return source_hashes(notebook) if notebook.exists() else {}
 
 
 def _make_ready(folder: Path) -> None:

@@ -11,7 +11,8 @@ import psutil
 
 from alea_lib.runs import places
 from alea_lib.runs.execute import check_parameters
-from alea_lib.runs.imports import parameters
+from alea_lib.runs.guard import changed
+from alea_lib.runs.imports import parameters, source_hashes
 from alea_lib.runs.places import Job, RunError
 from alea_lib.runs.record import read_record, sha256
 
@@ -42,6 +43,8 @@ def stale_reason(profile: str, job: Job) -> str:
     for name, value in job_settings(profile, job).items():
         if record["params"].get(name) != value:
             return f"it was run with {name}={record['params'].get(name)}"
+    for reason in changed(record, source_hashes(places.root() / "notebooks" / f"{job.stage}.ipynb")):
+        return reason
     written = (folder / "run.json").stat().st_mtime
     for name, content in record["inputs"].items():
         path = places.root() / name
