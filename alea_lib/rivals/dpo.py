@@ -69,11 +69,13 @@ def fit_dpo(
         reference = _reference(passes, made, settings.prompt, pick, base)
         change = _log_p(passes, made.weights(), settings.prompt, pick) - reference
         loss = preference_loss(change, settings.beta)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()} at step {len(curve)}; lower lr ({settings.lr})")
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
+        if not (torch.isfinite(loss) and made.finite()):
+            raise FloatingPointError(
+                f"loss ({loss.item()}) or weights are not finite at step {len(curve)}; lower lr ({settings.lr})"
+            )
         margin = (change[0] - change[1]).detach()
         curve.append((len(curve), loss.item(), margin.mean().item(), (margin > 0).float().mean().item()))
     return made.delta(vlm, {"dpo": asdict(settings)}), pd.DataFrame(curve, columns=CURVE)
