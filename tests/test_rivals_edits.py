@@ -159,7 +159,7 @@ def test_dpo_repeats_and_refuses(tiny, seen, pairs):
     with pytest.raises(ValueError, match="out of range"):
         fit_dpo(tiny, seen, pairs, DpoSettings(layers=(9,)))
     with pytest.raises(FloatingPointError, match="lower lr"):
-        fit_dpo(tiny, seen, pairs, dataclasses.replace(SHORT, lr=1e39))
+        fit_dpo(tiny, seen, pairs, dataclasses.replace(SHORT, lr=1e38))
 
 
 # ---- supervised
