@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from ..locate.settings import LocateSettings
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
 from .columns import Columns
+from .registry import Rival, register
 from .scale import head_count
 
 SWITCHED_OFF = ("head", "text")
@@ -49,6 +50,11 @@ def find_heads(
     return tuple(choose_heads(found.scores, k=n, rule="mean"))
 
 
+def learn_heads(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: AdhhSettings) -> AdhhSettings:
+    """The settings with the heads that the pairs name; given ones stay."""
+    return s if s.heads else replace(s, heads=find_heads(vlm, features, pairs, s))
+
+
 @contextmanager
 def adhh(s: AdhhSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
     """Decoding under these settings; without heads it is plain decoding."""
@@ -71,3 +77,10 @@ def adhh(s: AdhhSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
         return
     with weighed_attention(vlm, weigh, sorted({layer for layer, _ in s.heads})):
         yield {}
+
+
+GRID = tuple({"top": n, "threshold": t} for n, t in ((20, 0.4), (50, 0.4), (100, 0.4), (100, 0.6), (200, 0.4)))
+register(
+    Rival("adhh", "decoding", adhh, AdhhSettings(), GRID, "hallucination heads are off while they look at the text",
+          "AD-HH: Yang et al. 2025 (ICLR), official code", learn=learn_heads)
+)  # fmt: skip

@@ -16,6 +16,7 @@ from ..edit.settings import EditSettings
 from ..edit.settings import check as check_edit
 from ..edit.trained import Trained, trained
 from ..vlm import VLM
+from .registry import Rival, register
 
 CURVE = ["step", "loss", "margin", "accuracy"]
 SIDES = ("positive", "negative")
@@ -112,3 +113,10 @@ def _reference(passes: Passes, made: Trained, prompt: str, pick: np.ndarray, kep
         found = _log_p(passes, made.own, prompt, new).tolist()
         kept |= {(side, int(i)): value for side, row in zip(SIDES, found) for i, value in zip(new, row, strict=True)}
     return torch.tensor([[kept[side, int(i)] for i in pick] for side in SIDES], device=passes.vlm.device)
+
+
+GRID = ({}, {"lr": 3e-5}, {"lr": 3e-4}, {"modules": "decoder", "rank": 8})
+register(
+    Rival("dpo", "delta", fit_dpo, DpoSettings(), GRID, "preference of the grounded over the hallucinated answers",
+          "DPO: Rafailov et al. 2023 (NeurIPS); beta 0.1")
+)  # fmt: skip

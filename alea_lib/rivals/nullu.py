@@ -13,6 +13,7 @@ from ..locate.evidence import Evidence
 from ..locate.settings import LocateSettings
 from ..taps import full_weight
 from ..vlm import VLM
+from .registry import Rival, register
 from .scale import at_depth
 
 
@@ -48,3 +49,10 @@ def fit_nullu(
         directions = directions.to(vlm.device)
         factors[name] = (-directions.T, directions @ full_weight(vlm, name))
     return factors_delta(vlm, factors, {"nullu": asdict(settings)})
+
+
+GRID = ({}, {"rank": 1}, {"rank": 2}, {"rank": 8}, {"rank": 16})
+register(
+    Rival("nullu", "delta", fit_nullu, NulluSettings(), GRID, "directions of the pairs taken out of down-projections",
+          "Nullu: Yang et al. 2025 (CVPR)")
+)  # fmt: skip

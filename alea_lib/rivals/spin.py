@@ -11,6 +11,7 @@ import torch
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
 from .columns import Columns
+from .registry import Rival, register
 
 RANKED_BY = ("logits", "attention")
 
@@ -47,3 +48,10 @@ def spin(s: SpinSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
     with weighed_attention(vlm, weigh):
         yield {}
+
+
+GRID = ({}, {"kept": 0.8}, {"kept": 0.5}, {"kept": 0.8, "scale": 0.5}, {"ranked_by": "attention", "scale": 0.5})
+register(
+    Rival("spin", "decoding", spin, SpinSettings(), GRID, "heads that look little at the image are turned down",
+          "SPIN: Sarkar et al. 2025 (EMNLP), official code")
+)  # fmt: skip

@@ -12,6 +12,7 @@ from ..edit.delta import Delta
 from ..edit.fit import fit_edit
 from ..edit.settings import preset
 from ..vlm import VLM
+from .registry import Rival, register
 
 
 @dataclass(frozen=True)
@@ -37,3 +38,14 @@ def fit_supervised(
     layers = tuple(range(vlm.n_layers))
     edit = preset("sft", layers=layers, rank=s.rank, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=s.seed)
     return fit_edit(vlm, features, pairs["positive"].tolist(), None, edit)
+
+
+GRID = ({}, {"lr": 3e-4}, {"epochs": 1})
+register(
+    Rival("sft", "delta", fit_supervised, SFT, GRID, "all decoder matrices trained on the grounded answers",
+          "control: supervised fine-tuning")
+)  # fmt: skip
+register(
+    Rival("lora-all", "delta", fit_supervised, LORA_ALL, GRID, "the same by factors of low rank",
+          "control: LoRA, Hu et al. 2022 (ICLR)")
+)  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from ..taps import replaced_heads
 from ..vlm import VLM, Batch
 from .columns import Columns
+from .registry import Rival, register
 from .scale import at_depth
 
 
@@ -71,3 +72,10 @@ def vhr(s: VhrSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torc
     found = chosen_heads(vlm, batch, embeds, mask, layers, s)
     with replaced_heads(vlm, lambda layer, o: turned_up(o, found[layer], s.alpha), layers):
         yield {}
+
+
+GRID = ({}, {"alpha": 1.5}, {"alpha": 3.0}, {"share": 0.2}, {"layers": tuple(range(16, 32))})
+register(
+    Rival("vhr", "decoding", vhr, VhrSettings(), GRID, "heads whose output depends on the image are turned up",
+          "VHR: He et al. 2025 (ACL)")
+)  # fmt: skip
