@@ -147,6 +147,8 @@ _EXPORTS = {
     "score_rows": "scoring",
     "read_evaluated": "scoring",
     "write_evaluated": "scoring",
+    "rival": "rivals.registry",
+    "rival_table": "rivals.registry",
     "claims": "verdicts",
     "finding": "verdicts",
     "headline": "verdicts",

@@ -26,6 +26,7 @@ from .worlds.write import Split, World
 GROUP = ["benchmark", "scorer", "setting"]
 COLUMNS = [*GROUP, "image_id", "metric", "num", "den"]
 NO_PROMPT = ("pope", "mme")  # benchmarks whose questions are the prompt
+FORCED = ("attn_*", "blank_effect", "swap_effect", "nll_grounded", "ppl_grounded")  # measures of given answers
 QUESTION = ["question_id", "setting", "image", "text", "label", "image_id"]
 
 
@@ -71,29 +72,40 @@ def evaluate(
     delta: Delta | None = None,
     prompt: str = "plain",
     n_grounding: int | None = None,
+    decoding=None,
 ) -> Evaluated:
     """All measures of a model, edited by ``delta`` if there is one.
 
     ``n_grounding``: how many of the split's images, from the first, the counterfactual measures take (all if None).
+    ``decoding``: how it writes (see ``VLM.generate``); teacher-forced measures are then absent, with a note.
     """
     features = vlm.features(split.files)
-    few = split.take(n_grounding)
     asked = pd.concat([q.assign(benchmark=b) for b, q in benchmarks.questions().items()], ignore_index=True)
     with applied(vlm, delta):
-        told = captions(vlm, split, features, prompt, max_new_tokens)
-        said = yes_no_answers(vlm, split, features, asked, name="questions")
+        told = captions(vlm, split, features, prompt, max_new_tokens, decoding=decoding)
+        said = yes_no_answers(vlm, split, features, asked, name="questions", decoding=decoding)
+    parts = [_caption_items(told, truth, max_new_tokens), *_question_items(said, told, benchmarks)]
+    if decoding is None:
+        parts += _forced_items(vlm, split, features, told, truth, delta, prompt, n_grounding)
+    notes = [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
+    if decoding is not None:
+        why = "the method changes how an answer is written; the model that reads a given answer is not changed"
+        notes += [(m, why) for m in FORCED]
+    return Evaluated(told, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
+
+
+def _forced_items(vlm, split: Split, features, told, truth: Truth, delta, prompt: str, n: int | None) -> list:
+    """Items of the measures that read given answers: shares of attention, other images, references."""
+    few = split.take(n)
+    with applied(vlm, delta):
         share = attention_share(vlm, features, told, prompt)
         effect = counterfactual(vlm, few, features[: len(few.ids)], told[: len(few.ids)], truth, prompt)
     kept = ability(vlm, features, first_references(split), delta, prompt)
-    parts = [
-        _caption_items(told, truth, max_new_tokens),
+    return [
         share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
         effect.assign(benchmark="grounding", scorer="teacher-forced"),
         kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
-        *_question_items(said, told, benchmarks),
     ]
-    notes = [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
-    return Evaluated(told, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
 
 
 def _question_items(said: pd.DataFrame, told: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
@@ -124,8 +136,8 @@ def truncated(
     if benchmark is not None:
         parts.append(_amber_items(told, None, benchmark)[COLUMNS])
     why = "truncation cuts captions after they are written: the model that answers and attends is the base model"
-    lacking = ("pope_*", "mme_*", "amber_f1", "amber_score", "attn_*", "blank_effect", "swap_effect", "nll_grounded")
-    notes = _notes([(m, why) for m in (*lacking, "ppl_grounded", "kl_clean")])
+    lacking = ("pope_*", "mme_*", "amber_f1", "amber_score", *FORCED, "kl_clean")
+    notes = _notes([(m, why) for m in lacking])
     return Evaluated(told, pd.concat(parts, ignore_index=True), notes)
 
 

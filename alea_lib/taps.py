@@ -199,10 +199,11 @@ def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: to
     The output still comes from the fused kernel; only these rows' softmax is computed beside it, one layer at a time.
     """
 
-    def beside(module, query, key, value, mask, scaling, fused):
-        take(module.layer_idx, _row_softmax(module, query, key, mask, scaling, rows))
+    def attend(module, query, key, value, mask, scaling, fused):
+        take(module.layer_idx, _row_scores(module, query, key, mask, scaling, rows).softmax(-1))
+        return fused(query, key, value, mask)
 
-    with _beside_attention(vlm, beside):
+    with _attention(vlm, attend):
         yield
 
 
@@ -214,54 +215,93 @@ def read_parts(vlm: VLM, take: Callable[[int, torch.Tensor], None], keys: torch.
     The part is detached from any graph.
     """
 
-    def beside(module, query, key, value, mask, scaling, fused):
+    def attend(module, query, key, value, mask, scaling, fused):
         with torch.no_grad():
             take(module.layer_idx, fused(query, key, value * keys[:, None, :, None], mask))
+        return fused(query, key, value, mask)
 
-    with _beside_attention(vlm, beside):
+    with _attention(vlm, attend):
         yield
 
 
 @contextmanager
-def _beside_attention(vlm: VLM, beside: Callable) -> Iterator[None]:
-    """Run ``beside`` at each attention of the language model; the output still comes from the fused kernel."""
+def weighed_attention(
+    vlm: VLM, weigh: Callable[[int, torch.Tensor], torch.Tensor | None], layers: Iterable[int] | None = None
+) -> Iterator[None]:
+    """Let the last position of each pass attend with the weights ``weigh(layer, scores)`` [B,H,K] in these layers.
+
+    ``scores`` [B,H,K]: its scaled products with all keys, those in the cache first, fp32, masked ones -inf or near it.
+    Their softmax as weights changes nothing; weights need not sum to 1; None leaves a layer of a pass as it is. The
+    other positions of a prompt come from the fused kernel. While writing with padding on the left, the last position
+    is the newest token's.
+    """
+    wanted = range(vlm.n_layers) if layers is None else list(layers)
+
+    def attend(module, query, key, value, mask, scaling, fused):
+        weights, last = None, query.shape[2] - 1
+        if module.layer_idx in wanted:
+            rows = torch.full((len(query), 1), last, device=query.device)
+            weights = weigh(module.layer_idx, _row_scores(module, query, key, mask, scaling, rows)[:, :, 0])
+        if weights is None:
+            return fused(query, key, value, mask)
+        new = (weights.to(value.dtype)[:, :, None] @ _for_each_query_head(module, value)).transpose(1, 2)
+        return torch.cat([fused(query, key, value, mask)[:, :last], new], 1) if last else new
+
+    with _attention(vlm, attend):
+        yield
+
+
+@contextmanager
+def _attention(vlm: VLM, attend: Callable) -> Iterator[None]:
+    """Let ``attend`` give the head outputs [B,T,H,D/H] of the language model's attention.
+
+    Its arguments: module, query [B,H,T,D/H], key, value, mask, scaling, and the function ``fused`` of the four in the
+    middle that the block was entered with, so that blocks may be nested.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    fired = set()
+    before = vlm.model.config.get_text_config()._attn_implementation
+    own, fired = f"alea_{before}", set()
+    under = ALL_ATTENTION_FUNCTIONS[before] if before.startswith("alea_") else sdpa_attention_forward
 
     def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
         def fused(q, k, v, mask):
-            return sdpa_attention_forward(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+            return under(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
 
         fired.add(module.layer_idx)
-        beside(module, query, key, value, attention_mask, scaling, fused)
-        return fused(query, key, value, attention_mask), None
+        return attend(module, query, key, value, attention_mask, scaling, fused), None
 
     # Without a mask function of the same name the mask would silently be None: padded rows come out wrong.
-    ALL_ATTENTION_FUNCTIONS.register("alea_beside", attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("alea_beside", sdpa_mask)
-    before = vlm.model.config.get_text_config()._attn_implementation
-    vlm.model.set_attn_implementation({"text_config": "alea_beside"})
+    ALL_ATTENTION_FUNCTIONS.register(own, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(own, sdpa_mask)
+    vlm.model.set_attn_implementation({"text_config": own})
     try:
         yield
     finally:
         vlm.model.set_attn_implementation({"text_config": before})
     if not fired:
-        raise SilentTap(f"no attention of {vlm.key} ran while it was read; run a forward pass inside the block")
+        raise SilentTap(
+            f"no attention of {vlm.key} ran while it was read or replaced; run a forward pass inside the block"
+        )
 
 
-def _row_softmax(module, query, key, mask, scaling: float, rows: torch.Tensor) -> torch.Tensor:
-    """Softmax of the chosen query rows [B,R] over all keys, fp32 [B,H,R,K]."""
-    groups = getattr(module, "num_key_value_groups", 1)
-    key = key.repeat_interleave(groups, dim=1).float()
+def _row_scores(module, query, key, mask, scaling: float, rows: torch.Tensor) -> torch.Tensor:
+    """Scaled products of the chosen query rows [B,R] with all keys, masked, fp32 [B,H,R,K]."""
+    key = _for_each_query_head(module, key).float()
     index = rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[-1])
     scores = query.gather(2, index).float() @ key.transpose(2, 3) * scaling
-    if mask is None:
-        allowed = torch.arange(key.shape[2], device=rows.device) <= rows[:, None, :, None]
+    if mask is None:  # the rows are the last ones of all positions: those before them are in the cache
+        cached = key.shape[2] - query.shape[2]
+        allowed = torch.arange(key.shape[2], device=rows.device) <= rows[:, None, :, None] + cached
     else:
         allowed = mask.expand(len(rows), -1, -1, -1).gather(2, rows[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
         if allowed.dtype != torch.bool:
-            return (scores + allowed).softmax(-1)
-    return scores.masked_fill(~allowed, float("-inf")).softmax(-1)
+            return scores + allowed
+    return scores.masked_fill(~allowed, float("-inf"))
+
+
+def _for_each_query_head(module, x: torch.Tensor) -> torch.Tensor:
+    """Keys or values [B,G,K,D/H] of shared heads, repeated to one a query head, [B,H,K,D/H]."""
+    return x.repeat_interleave(getattr(module, "num_key_value_groups", 1), dim=1)

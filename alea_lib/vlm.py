@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -85,8 +86,10 @@ class VLM:
         return self.row.prompts[role]
 
     @torch.no_grad()
-    def features(self, images: list, batch_size: int = 64) -> torch.Tensor:
-        """Image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file."""
+    def features(self, images: list, batch_size: int = 64, change=None) -> torch.Tensor:
+        """Image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file.
+
+        ``change(index, pixels)`` gives other pixel values for those that the model would see of images ``index``."""
         out, options = [], {"return_tensors": "pt", **dict(self.row.image_options)}
         for start in range(0, len(images), batch_size):
             shown = [opened(i, self.row.canvas) for i in images[start : start + batch_size]]
@@ -95,6 +98,9 @@ class VLM:
             inputs = {
                 k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()
             }
+            if change is not None:
+                index = range(start, start + len(shown))
+                inputs["pixel_values"] = change(index, inputs["pixel_values"])
             out += [p.reshape(1, -1, p.shape[-1]) for p in self.row.see(self, inputs)]
         return torch.cat(out)
 
@@ -206,11 +212,13 @@ class VLM:
         batch_size: int = 100,
         prefix=None,
         progress: str = "",
+        decoding=None,
         **options,
     ) -> list[Answer]:
         """Greedy answers (unless ``options`` say otherwise), batched with left padding; greedy is greedy.
 
-        ``prefix`` is an :class:`alea_lib.prefix.Prefix` whose rows are put into the embeddings.
+        ``prefix`` is an :class:`alea_lib.prefix.Prefix` whose rows are put into the embeddings. ``decoding(vlm, batch,
+        embeds, mask)``: a context manager around each batch that gives more options (:mod:`alea_lib.rivals.registry`).
         """
         questions = [questions] * len(features) if isinstance(questions, str) else questions
         settings = {"do_sample": False, "num_beams": 1, **options}
@@ -222,7 +230,8 @@ class VLM:
             if prefix is not None:
                 embeds, mask, _ = prefix.insert(batch, embeds)
             told = (self.row.writes or self.row.told)(self, mask, batch)
-            with reading_embeddings(self.writer):
+            decided = decoding(self, batch, embeds, mask) if decoding else nullcontext({})
+            with reading_embeddings(self.writer), decided as how:
                 new = self.writer.generate(
                     inputs_embeds=embeds,
                     **told,
@@ -230,7 +239,7 @@ class VLM:
                     suppress_tokens=[self.image_id],
                     eos_token_id=self.end_id,
                     pad_token_id=self.tokenizer.pad_token_id,
-                    **settings,
+                    **{**settings, **how},
                 )
             out += [self._answer(row.tolist()) for row in new]
         return out

@@ -18,7 +18,7 @@ def captions(
     prefix=None,
     **options,
 ) -> pd.DataFrame:
-    """Captions of a split: image_id, caption, n_tokens, eos."""
+    """Captions of a split: image_id, caption, n_tokens, eos. ``options`` are those of ``generate``."""
     answers = vlm.generate(
         features, vlm.prompt(prompt), max_new_tokens, prefix=prefix, progress=f"captions {prompt}", **options
     )
@@ -37,7 +37,13 @@ def _answer_table(ids: list[int], answers: list[Answer]) -> pd.DataFrame:
 
 
 def yes_no_answers(
-    vlm: VLM, split: Split, features: torch.Tensor, questions: pd.DataFrame, batch_size: int = 200, name: str = "POPE"
+    vlm: VLM,
+    split: Split,
+    features: torch.Tensor,
+    questions: pd.DataFrame,
+    batch_size: int = 200,
+    name: str = "POPE",
+    decoding=None,
 ) -> pd.DataFrame:
     """The table of questions (columns image = file name, text, ...) with the model's ``answer`` to each.
 
@@ -50,7 +56,8 @@ def yes_no_answers(
         raise ValueError(f"{name} asks about images that split {split.name!r} lacks: {missing}")
     where = torch.tensor([row[image] for image in asked["image"]])
     texts = [vlm.row.short(q) for q in asked["text"]]
-    found = vlm.generate(features[where], texts, max_new_tokens=4, batch_size=batch_size, progress=name)
+    options = {"max_new_tokens": 4, "batch_size": batch_size, "progress": name, "decoding": decoding}
+    found = vlm.generate(features[where], texts, **options)
     asked["answer"] = [a.text for a in found]
     return questions.merge(asked, on=["image", "text"], how="left")
 
