@@ -8,6 +8,7 @@ import importlib
 # name -> module (inside alea_lib) that defines it; notebooks import from the top only
 _EXPORTS = {
     "begin": "runs.record",
+    "prepare_colab": "runs.colab",
     "root": "runs.places",
     "run_dir": "runs.places",
     "results_dir": "runs.places",

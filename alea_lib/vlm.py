@@ -280,6 +280,7 @@ def load(
     text = config.get_text_config()
     row = family(config.model_type, small=text.hidden_size < 1024, text=text.model_type)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU round fp32, and captions are not a CPU's
     layers = range(text.num_hidden_layers) if edited_layers is None else edited_layers
     kept = tuple(getattr(row, part).format(i=i) for part in edited_parts for i in layers)
     options = {"quantization_config": _nf4((*row.unquantised, *kept), dtype)} if four_bit else {}

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from alea_lib.runs.book import toc_files
@@ -20,14 +19,6 @@ from alea_lib.runs.imports import code_cells, parameters
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-# Colab's image of August 2026 (googlecolab/backend-info): none of these must be replaced there.
-COLAB = {
-    "accelerate": "1.14.0", "inflect": "7.5.0", "ipykernel": "6.17.1", "ipywidgets": "7.7.1",
-    "matplotlib": "3.10.0", "numpy": "2.1.3", "pandas": "2.2.3", "peft": "0.20.0", "pillow": "11.3.0",
-    "seaborn": "0.13.2", "tokenizers": "0.22.2", "torch": "2.11.0", "transformers": "5.15.0",
-}  # fmt: skip
-COLAB_PYTHON = "3.13.15"
 
 
 def requirements(name: str) -> dict[str, Requirement]:
@@ -61,18 +52,6 @@ def test_every_requirement_is_tested_at_a_version_it_admits():
 def test_every_requirement_has_a_cap():
     for requirement in {**requirements("requirements.txt"), **extras()}.values():
         assert any(part.operator in ("<", "==") for part in requirement.specifier), f"{requirement} has no cap"
-
-
-def test_colab_needs_nothing_replaced():
-    asked = requirements("requirements.txt")
-    for name, version in COLAB.items():
-        assert asked[name].specifier.contains(version), f"{asked[name]} would replace Colab's {version}"
-    assert SpecifierSet(PROJECT["requires-python"]).contains(COLAB_PYTHON)
-    lacking = requirements("requirements-colab.txt")
-    assert not set(lacking) & set(COLAB)
-    for name, requirement in lacking.items():
-        same = {**asked, **extras()}[name]
-        assert requirement.specifier == same.specifier, f"{name}: two files, two ranges"
 
 
 def test_environment_yml_uses_the_same_files():

@@ -1,11 +1,11 @@
-"""python -m alea_lib.runs study | execute | collect | publish | book | pdf | guard"""
+"""python -m alea_lib.runs study | execute | collect | publish | book | pdf | guard | colab"""
 
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from alea_lib.runs.places import RunError, read_yaml
+from alea_lib.runs.places import RunError, read_yaml, root
 
 
 def assignments(texts: list[str]) -> dict:
@@ -30,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--variant", default="")
     one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     one.add_argument("--quiet", action="store_true", help="no progress bar")
+    one.add_argument("--needed", action="store_true", help="first the stages that it reads, where they are missing")
     collect = commands.add_parser("collect", help="join the tables of finished stages")
     book = commands.add_parser("book", help="build the book from finished stages")
     publish = commands.add_parser("publish", help="copy the joined tables to data/results, to be committed")
@@ -40,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--profile", default="scenes")
     guard = commands.add_parser("guard", help="refuse notebooks that were not executed to their end")
     guard.add_argument("notebooks", nargs="+", type=Path)
+    commands.add_parser("colab", help="write the cell that prepares Colab into every notebook")
     return top
 
 
@@ -66,8 +68,10 @@ def act(args: argparse.Namespace) -> int:
 
         return study(args.profile, args.jobs, args.target, tuple(args.only))
     if args.command == "execute":
-        from alea_lib.runs.execute import execute
+        from alea_lib.runs.execute import execute, execute_needed
 
+        if args.needed:
+            execute_needed(args.notebook, args.profile, args.variant)
         bar = sys.stderr.isatty() and not args.quiet
         execute(args.notebook, args.profile, args.variant, assignments(args.set), bar)
     elif args.command == "collect":
@@ -86,6 +90,11 @@ def act(args: argparse.Namespace) -> int:
         from alea_lib.runs.pdf import build
 
         build(args.profile)
+    elif args.command == "colab":
+        from alea_lib.runs.colab import write_cells
+
+        for path in write_cells(sorted((root() / "notebooks").glob("*.ipynb"))):
+            print(f"{path.name}: cell written")
     else:
         from alea_lib.runs.guard import guard
 

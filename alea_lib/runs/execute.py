@@ -11,6 +11,7 @@ from pathlib import Path
 
 from alea_lib.runs import places
 from alea_lib.runs.guard import guard
+from alea_lib.runs.collect import collect
 from alea_lib.runs.imports import PACKAGE, parameters
 from alea_lib.runs.places import RunError
 
@@ -70,6 +71,27 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
     os.replace(partial, final)
     print(f"stage {label} finished in {time.time() - started:.0f} s", flush=True)
     return final
+
+
+def execute_needed(notebook: str, profile: str, variant: str = "") -> list[Path]:
+    """Execute the stages that a notebook reads and that have no finished run; for one that reads the joined tables,
+    everything that is joined."""
+    jobs, stage = places.plan(profile), Path(notebook).stem
+    mine = [job for job in jobs if job.stage == stage]
+    if not mine:
+        raise RunError(f"profile {profile} does not run {stage}; it runs {', '.join(job.label for job in jobs)}")
+    job = next((job for job in mine if job.variant == variant), mine[0])
+    wanted = [other for other in jobs if not other.after_collect] if job.after_collect else _below(job)
+    missing = [o for o in wanted if not (places.run_dir(profile, o.stage, o.variant) / "run.json").exists()]
+    made = [execute(other.stage, profile, other.variant) for other in missing]
+    if job.after_collect:
+        collect(profile)
+    return made
+
+
+def _below(job: places.Job) -> list[places.Job]:
+    """What a job reads, and what that reads, each after what it reads itself."""
+    return list(dict.fromkeys(found for need in job.needs for found in [*_below(need), need]))
 
 
 def _papermill(source: Path, output: Path, values: dict, bar: bool) -> None:

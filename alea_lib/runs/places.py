@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +105,10 @@ def results_dir(profile: str) -> Path:
 
 
 def command(stage: str, variant: str, profile: str) -> str:
-    """The command that makes one run."""
+    """The command that makes one run; in Colab, where nothing is set up by make, one that makes what it reads too."""
+    if "google.colab" in sys.modules:
+        chosen = f" --variant {variant}" if variant else ""
+        return f"!python -m alea_lib.runs execute {stage}{chosen} --profile {profile} --needed"
     return f"make run NB={stage}" + (f" VARIANT={variant}" if variant else "") + f" PROFILE={profile}"
 
 

@@ -191,7 +191,7 @@ class Run:
             "outputs_sha256": hash_of(stable),
             "started_utc": datetime.fromtimestamp(self._started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
             "seconds": round(time.time() - self._started, 1),
-            **_code(),
+            **code(),
             **_machine(),
         }
 
@@ -219,7 +219,7 @@ def _name(path: Path, base: Path | None = None) -> str:
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
 
 
-def _code() -> dict:
+def code() -> dict:
     """Commit and versions."""
 
     def git(*args: str) -> str | None:
