@@ -8,6 +8,20 @@ import torch
 
 
 @dataclass(frozen=True)
+class Limits:
+    """Largest batches that a device takes: images seen, answers written, answers read, items of a backward pass (None: any)."""
+
+    see: int | None = None
+    write: int | None = None
+    read: int | None = None
+    train: int | None = None
+
+    def of(self, name: str, wanted: int) -> int:
+        """The batch size to use where ``wanted`` is asked for."""
+        return min(wanted, getattr(self, name) or wanted)
+
+
+@dataclass(frozen=True)
 class Batch:
     """Token ids of image + prompt (+ answer), padded on one side.
 

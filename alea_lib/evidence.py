@@ -57,7 +57,7 @@ def random_like(vlm: VLM, prefix: Prefix, settings: PrefixSettings) -> Prefix:
 
 def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, prompt: str, batch_size: int) -> dict:
     """Teacher-forced: likelihood of both answers, and the image's effect."""
-    sums = np.zeros(5)
+    sums, batch_size = np.zeros(5), vlm.limits.of("read", batch_size)
     for start in range(0, len(pairs), batch_size):
         part = slice(start, start + batch_size)
         for i, column in enumerate(("negative", "positive")):

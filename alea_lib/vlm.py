@@ -12,10 +12,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .batch import Batch, scored  # noqa: F401  (others import it from here)
+from .batch import Batch, Limits, scored  # noqa: F401  (others import it from here)
 from .families import Family, family
+from .hub import snapshot
 from .layout import causal, opened, reading_embeddings
 from .runs import root
+from .runs.rows import ModelRow, model_row
+from .seen import cached_features
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,13 @@ class Answer:
 
 
 class VLM:
-    """A model with its processor and family row. ``key`` is what it was loaded by."""
+    """A model with its processor and family row. ``key`` is what it was loaded by, ``revision`` the hub's commit."""
 
     def __init__(self, model, processor, row: Family, key: str):
         self.model, self.processor, self.row, self.key = model.eval().requires_grad_(False), processor, row, key
         self.tokenizer = processor.tokenizer
+        self.revision, self.limits = getattr(model.config, "_commit_hash", None) or "", Limits()
+        self.cache: Path | None = None  # folder of image features
 
     # ---- addresses -------------------------------------------------------------------------------------------
     @property
@@ -85,11 +90,21 @@ class VLM:
             raise KeyError(f"unknown prompt role {role!r}; there are {sorted(self.row.prompts)}")
         return self.row.prompts[role]
 
-    @torch.no_grad()
     def features(self, images: list, batch_size: int = 64, change=None) -> torch.Tensor:
         """Image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file.
 
-        ``change(index, pixels)`` gives other pixel values for those that the model would see of images ``index``."""
+        With a ``cache`` folder those of files are kept there, and read from there in batches (see :mod:`.seen`).
+        ``change(index, pixels)`` gives other pixel values for those that the model would see of images ``index``;
+        such features are never kept.
+        """
+        batch_size = self.limits.of("see", batch_size)
+        if self.cache is not None and change is None and images and all(isinstance(i, (str, Path)) for i in images):
+            return cached_features(self, images, self.cache, batch_size)
+        return self.see(images, batch_size, change)
+
+    @torch.no_grad()
+    def see(self, images: list, batch_size: int = 64, change=None) -> torch.Tensor:
+        """Image features [N,P,D], computed."""
         out, options = [], {"return_tensors": "pt", **dict(self.row.image_options)}
         for start in range(0, len(images), batch_size):
             shown = [opened(i, self.row.canvas) for i in images[start : start + batch_size]]
@@ -222,6 +237,7 @@ class VLM:
         """
         questions = [questions] * len(features) if isinstance(questions, str) else questions
         settings = {"do_sample": False, "num_beams": 1, **options}
+        batch_size = self.limits.of("write", batch_size)
         out: list[Answer] = []
         for start in tqdm(range(0, len(features), batch_size), desc=progress, disable=not progress):
             part = slice(start, start + batch_size)
@@ -251,43 +267,65 @@ class VLM:
 
 
 def model_path(key: str) -> Path | str:
-    """Where a model is: ``data/models/<key>`` when that exists, else a folder or a hub name as given."""
+    """Where a model is: ``data/models/<key>`` when that exists; for a key of data/hub.yaml the folder of its pinned
+    revision, downloaded if need be; else a folder or a hub name as given."""
     local = root() / "data" / "models" / key
-    return local if local.is_dir() else key
+    if local.is_dir():
+        return local
+    pinned = model_row(key)
+    return snapshot(pinned) if pinned else key
 
 
 def load(
     key: str,
     four_bit: bool = False,
     edited_layers: tuple[int, ...] | None = (),
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str | None = None,
     device: str | None = None,
     edited_parts: tuple[str, ...] = ("down_proj",),
+    revision: str | None = None,
 ) -> VLM:
     """Load a model by key.
 
     ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the ``edited_parts``
-    (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised. Raises
-    FileNotFoundError for an unknown key.
+    (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised.
+    ``dtype``: of torch, or its name; float32 if nothing says otherwise. ``revision``: the commit of a hub name. A key
+    of data/hub.yaml is loaded as its row says, whatever else is asked for; more parts may be kept unquantised.
+    Weights are read shard by shard, straight to the device. Raises FileNotFoundError for an unknown key.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    pinned = model_row(key)
+    if pinned:
+        four_bit, dtype, revision = pinned.four_bit, pinned.dtype, pinned.revision
     path = model_path(key)
     if isinstance(path, str) and os.environ.get("HF_HUB_OFFLINE") and not Path(path).is_dir():
         known = sorted(p.name for p in (root() / "data" / "models").glob("*") if (p / "config.json").is_file())
         raise FileNotFoundError(f"no model {key!r} in data/models (there are {known}) and the hub is switched off")
-    config = AutoConfig.from_pretrained(path)
+    at = {"revision": revision} if revision and isinstance(path, str) else {}
+    config = AutoConfig.from_pretrained(path, **at)
     text = config.get_text_config()
     row = family(config.model_type, small=text.hidden_size < 1024, text=text.model_type)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU round fp32, and captions are not a CPU's
-    layers = range(text.num_hidden_layers) if edited_layers is None else edited_layers
-    kept = tuple(getattr(row, part).format(i=i) for part in edited_parts for i in layers)
-    options = {"quantization_config": _nf4((*row.unquantised, *kept), dtype)} if four_bit else {}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **options)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
+    layers = range(text.num_hidden_layers)
+    kept = {(part, i) for part in edited_parts for i in (layers if edited_layers is None else edited_layers)}
+    kept |= {(part, i) for part in (pinned.unquantised if pinned else ()) for i in layers}
+    names = tuple(getattr(row, part).format(i=i) for part, i in sorted(kept))
+    options = {"quantization_config": _nf4((*row.unquantised, *names), dtype)} if four_bit else {}
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **at, **options)
     if four_bit:
         keep_trainable_on_cpu(model)
-    return VLM(model, _processor(path), row, key)
+    vlm = VLM(model, _processor(path, **at), row, key)
+    return _as_pinned(vlm, pinned) if pinned else vlm
+
+
+def _as_pinned(vlm: VLM, row: ModelRow) -> VLM:
+    """Revision, batch limits and cache of a row."""
+    vlm.revision, vlm.limits = row.revision, Limits(row.see, row.write, row.read, row.train or None)
+    vlm.cache = root() / "data" / "runs" / "features" if row.cache else None
+    return vlm
 
 
 def layers_of(key: str) -> int:
@@ -306,13 +344,14 @@ class Reader:
     image_processor: object
 
 
-def _processor(path):
+def _processor(path, **at):
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     try:
-        return AutoProcessor.from_pretrained(path, backend="pil")
+        return AutoProcessor.from_pretrained(path, backend="pil", **at)
     except ImportError:
-        return Reader(AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
+        images = AutoImageProcessor.from_pretrained(path, backend="pil", **at)
+        return Reader(AutoTokenizer.from_pretrained(path, **at), images)
 
 
 def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):

@@ -69,8 +69,7 @@ def factors_delta(vlm: VLM, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
 
 def identity(vlm: VLM) -> dict[str, str]:
     """Which model a delta belongs to: the key it was loaded by, the hub's revision, and a hash of its shapes."""
-    config = vlm.model.config
-    return {"model": vlm.key, "revision": getattr(config, "_commit_hash", None) or "", "config": config_hash(config)}
+    return {"model": vlm.key, "revision": vlm.revision, "config": config_hash(vlm.model.config)}
 
 
 def config_hash(config) -> str:

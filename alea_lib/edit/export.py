@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint import write_safetensors
+from ..runs.rows import hub_name
 from ..tables import write_csv
 from .delta import Delta, WrongBase, weight_hash
 
@@ -37,7 +38,8 @@ def export_adapter(delta: Delta, folder: Path, base: str = "") -> Path:
     """A LoRA adapter that ``PeftModel.from_pretrained`` loads over the base model, 4-bit or not.
 
     The factors' product is the delta exactly, so a full-matrix edit has a rank of up to its smaller side. ``base``:
-    name or path of the base model to write into the configuration (default: the key that it was loaded by).
+    name or path of the base model to write into the configuration (default: the hub's name of the key that it was
+    loaded by, or that key).
     """
     from peft import LoraConfig
 
@@ -51,7 +53,7 @@ def export_adapter(delta: Delta, folder: Path, base: str = "") -> Path:
         rank_pattern=ranks,
         alpha_pattern=ranks,
         target_modules=sorted(factors),
-        base_model_name_or_path=base or delta.info["model"],
+        base_model_name_or_path=base or hub_name(delta.info["model"]),
         revision=delta.info.get("revision") or None,
         inference_mode=True,
     ).save_pretrained(folder)

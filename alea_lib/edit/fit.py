@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..prefix import Prefix, PrefixSettings, fit_prefix
+from ..seen import fingerprint
 from ..taps import replaced_linear
 from ..vlm import VLM
 from .delta import Delta, hash_text, weight_hash
@@ -191,7 +191,7 @@ class _Run:
         texts = [hash_text(t) if t else "" for t in self.texts.values()]
         own = {n: weight_hash(w) for n, w in self.trained.own.items()}
         rows = [[weight_hash(p.rows), p.place, p.index] for p in self.prefixes]
-        seen = hashlib.sha256(self.features.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+        seen = fingerprint(self.features)
         adversary = asdict(self.adversary) if self.adversary else None
         return json.dumps([asdict(self.settings), texts, seen, own, rows, adversary])
 

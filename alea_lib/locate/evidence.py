@@ -162,7 +162,7 @@ class Evidence:
     def _each(self, function: Callable, progress: str, need: str | None = None) -> None:
         """Run over the batches and join the rows; keys are (need, key) pairs, or belong to ``need``."""
         parts: dict = {}
-        size = self.settings.batch_size
+        size = self.vlm.limits.of("train", self.settings.batch_size)  # some locators want gradients
         for start in tqdm(range(0, len(self.pairs), size), desc=f"locate: {progress}", leave=False):
             work = Work(self, np.arange(start, min(start + size, len(self.pairs))))
             for key, value in function(work).items():

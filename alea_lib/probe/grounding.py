@@ -64,6 +64,7 @@ def batches(
     vlm: VLM, features: torch.Tensor, table: pd.DataFrame, prompt: str, batch_size: int
 ) -> Iterator[tuple[pd.DataFrame, Batch]]:
     """Parts of the table with their encoded image, prompt and caption; column ``at`` is the row in ``features``."""
+    batch_size = vlm.limits.of("read", batch_size)
     table = table.assign(at=range(len(table)))
     table = table[table["caption"].str.strip() != ""]
     for start in range(0, len(table), batch_size):

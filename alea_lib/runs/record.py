@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from alea_lib.runs import places
+from alea_lib.runs import places, rows
 from alea_lib.runs.places import MissingStage, RunError
 
 # Files that hold times or names of runs may differ between equal runs: recorded, but no part of a run's id.
@@ -123,8 +123,15 @@ class Run:
         return folder
 
     def uses(self, path: Path | str) -> Path:
-        """A file or folder of the repository outside the runs (model, data), recorded by its content."""
+        """A file or folder of the repository outside the runs (model, data), recorded by its content.
+
+        ``data/models/<key>/...`` of a model that is not in the repository stands for the model: one of data/hub.yaml or
+        of the hub is recorded by its revision and how it is loaded, one in another folder by its files.
+        """
         path = places.root() / path
+        if not path.exists() and (found := rows.outside(path)):
+            self._declare(*found)
+            return path
         if not path.exists():
             raise RunError(f"{self.stage} reads {path.name}, which is not there ({_name(path)})")
         self._declare(_name(path), {"sha256": sha256(path)})

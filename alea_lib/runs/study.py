@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from alea_lib.runs import places
+from alea_lib.runs import places, rows
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.guard import changed
 from alea_lib.runs.imports import parameters, source_hashes
@@ -48,6 +48,9 @@ def stale_reason(profile: str, job: Job) -> str:
     written = (folder / "run.json").stat().st_mtime
     for name, content in record["inputs"].items():
         path = places.root() / name
+        key = name.removeprefix("data/hub.yaml: ")
+        if key != name and (row := rows.model_row(key)) and rows.fingerprint(row) != content:
+            return f"the row of {key} in data/hub.yaml has changed"
         if "run_id" in content or not path.exists():
             continue
         newest = max(
