@@ -133,6 +133,11 @@ _EXPORTS = {
     "rows_of": "verdicts",
     "frontier_line": "verdicts",
     "frontier_points": "verdicts",
+    "patch_maps": "probe.patches",
+    "PatchSettings": "probe.patches",
+    "ExplorerSettings": "explorer",
+    "choose_images": "explorer",
+    "write_explorer": "explorer",
     "figures": "figures",
 }
 

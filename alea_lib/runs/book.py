@@ -65,8 +65,19 @@ def build(profile: str) -> Path:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
         raise RunError("jupyter-book did not build the book:\n  " + "\n  ".join(told))
+    add_explorer(profile, index.parent)
     print(f"book built from profile {profile}: {index.relative_to(root)}", flush=True)
     return index
+
+
+def add_explorer(profile: str, html: Path) -> None:
+    """Lay the caption explorer beside the pages, from the run that wrote its data, if the profile has one."""
+    from alea_lib.explorer import publish
+
+    for job in places.plan(profile):
+        folder = places.run_dir(profile, job.stage, job.variant)
+        if (folder / "explorer.json").exists():
+            publish(folder, places.root() / "book" / "explorer", html / "explorer")
 
 
 def write_status(profile: str, folders: list[Path]) -> None:
