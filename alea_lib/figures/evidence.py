@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from .common import headed, panels
 
-KINDS = {"attention": ("attention", "Greys"), "effect": ("effect (nats)", "PuOr_r")}
+KINDS = {"attention": ("attention", "Greys"), "effect": ("effect (nats)", "RdBu")}
 
 
 def word_maps(pictures: Sequence, words: pd.DataFrame, title: str = "") -> Figure:

@@ -39,6 +39,7 @@
     const state = { ...read(), ...change };
     const filled = Object.entries(state).filter(([, value]) => value);
     location.hash = new URLSearchParams(filled).toString();
+    draw();  // at once; the event that follows finds nothing left to do
   }
 
   // ---- pictures
