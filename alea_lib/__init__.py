@@ -169,6 +169,11 @@ _EXPORTS = {
     "attacked": "firstpage",
     "core": "firstpage",
     "summary": "firstpage",
+    "patch_maps": "probe.patches",
+    "PatchSettings": "probe.patches",
+    "ExplorerSettings": "explorer",
+    "choose_images": "explorer",
+    "write_explorer": "explorer",
     "figures": "figures",
 }
 

@@ -45,6 +45,7 @@ def build(profile: str) -> Path:
     prepare(profile)
     index = places.root() / "_build" / "html" / "index.html"
     call_jupyter_book("html", index)
+    add_explorer(profile, index.parent)
     refuse(guard.built(index.parent))
     print(f"book built from profile {profile}: {index.relative_to(places.root())}", flush=True)
     return index
@@ -142,6 +143,16 @@ def call_jupyter_book(builder: str, first: Path) -> None:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
         raise RunError("jupyter-book did not build the book:\n  " + "\n  ".join(told))
+
+
+def add_explorer(profile: str, html: Path) -> None:
+    """Lay the caption explorer beside the pages, from the run that wrote its data, if the profile has one."""
+    from alea_lib.explorer import publish
+
+    for job in places.plan(profile):
+        folder = places.run_dir(profile, job.stage, job.variant)
+        if (folder / "explorer.json").exists():
+            publish(folder, places.root() / "book" / "explorer", html / "explorer")
 
 
 def write_status(profile: str, folders: list[Path]) -> None:

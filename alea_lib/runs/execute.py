@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alea_lib.runs import places
-from alea_lib.runs.guard import guard
 from alea_lib.runs.collect import collect
+from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import PACKAGE, parameters
 from alea_lib.runs.places import RunError
 
