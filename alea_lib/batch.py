@@ -9,7 +9,9 @@ import torch
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest batches that a device takes: images seen, answers written, answers read, items of a backward pass (None: any)."""
+    """Largest batches that a device takes: images seen, answers written, answers read, items of a backward pass.
+
+    None is any size."""
 
     see: int | None = None
     write: int | None = None
