@@ -202,9 +202,7 @@ def model() -> None:
     box(ax, 5.05, 0.3, 3.95, 3.8, fill="white", edge=INK)
     note(ax, 7.02, 3.87, "language model: L decoder layers", size=10, colour=INK, ha="center", bold=True)
     arrow(ax, (4.77, 0.85), (5.2, 0.85))
-    for i, (label, edited) in enumerate(
-        (("last layer", False), ("a located layer", True), ("first layer", False))
-    ):
+    for i, (label, edited) in enumerate((("last layer", False), ("a located layer", True), ("first layer", False))):
         y = 2.72 - 1.12 * i
         box(ax, 5.2, y, 3.65, 0.92, fill="#fafafa", edge=LINE)
         note(ax, 5.3, y + 0.77, label, size=8.5, colour=INK)
@@ -322,9 +320,7 @@ def place() -> None:
         for text, width, kind in parts:
             fill = {"n": PLAIN, "p": WRONG, "a": RIGHT}[kind]
             ax.add_patch(
-                Rectangle(
-                    (x, y), width, 0.5, facecolor=fill, edgecolor=INK, linewidth=1.2 if kind != "p" else 2.6
-                )
+                Rectangle((x, y), width, 0.5, facecolor=fill, edgecolor=INK, linewidth=1.2 if kind != "p" else 2.6)
             )
             ax.text(
                 x + width / 2,
@@ -345,9 +341,7 @@ def place() -> None:
 def frontier() -> None:
     """A schematic, without data, of the truncation frontier."""
     ax = canvas(7.4, 4.4)
-    ax.annotate(
-        "", xy=(6.9, 0.6), xytext=(0.8, 0.6), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.3}
-    )
+    ax.annotate("", xy=(6.9, 0.6), xytext=(0.8, 0.6), arrowprops={"arrowstyle": "-|>", "color": INK, "linewidth": 1.3})
     ax.annotate(
         "",
         xy=(0.8, 4.25),
@@ -362,9 +356,7 @@ def frontier() -> None:
         colour=INK,
         ha="center",
     )
-    ax.text(
-        0.45, 2.4, "CHAIRs  (less is better)", rotation=90, fontsize=9, color=INK, ha="center", va="center"
-    )
+    ax.text(0.45, 2.4, "CHAIRs  (less is better)", rotation=90, fontsize=9, color=INK, ha="center", va="center")
     cuts = [(0.8, 0.6), (2.6, 1.15), (4.0, 1.85), (5.1, 2.7), (5.9, 3.75)]
     ax.plot(
         *zip(*cuts, strict=True),

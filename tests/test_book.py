@@ -94,6 +94,14 @@ def test_whatever_colour_tells_apart_marks_tell_apart():
     plt.close("all")
 
 
+def test_a_figure_says_how_many():
+    table = pd.DataFrame({"label": ["a", "b"], "value": 0.5, "lo": 0.4, "hi": 0.6, "n": [300.0, 1000.0]})
+    assert figures.intervals(table, xlabel="share").axes[0].get_xlabel() == "share (n = 300 to 1000)"
+    assert figures.intervals(table.head(1), xlabel="share").axes[0].get_xlabel() == "share (n = 300)"
+    assert figures.intervals(table.drop(columns="n"), xlabel="share").axes[0].get_xlabel() == "share"
+    plt.close("all")
+
+
 def test_a_figure_of_many_rows_stays_on_a_page():
     table = pd.DataFrame([(g, f"row {i}", 0.5, 0.4, 0.6) for g in "abc" for i in range(26)],
                          columns=["g", "label", "value", "lo", "hi"])  # fmt: skip

@@ -68,6 +68,8 @@ def intervals(
 ) -> Figure:
     """Points with their 95 % intervals (columns value, lo, hi, label), one line each; colours by ``group``.
 
+    A column ``n`` is told beside the label of the axis.
+
     ``marks``: name -> value of dotted lines, e.g. chance.
     """
     groups = _in_order(table[group]) if group else [None]
@@ -82,7 +84,7 @@ def intervals(
         axis.errorbar(part[value], y, xerr=error, fmt=marker, color=colour, label=name, capsize=2, markersize=5, lw=1.2)
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    axis.set(title=title, xlabel=xlabel)
+    axis.set(title=title, xlabel=xlabel + _how_many(table))
     if zero:
         axis.axvline(0, color="0.4", lw=1, ls="--")
     for name, at in (marks or {}).items():
@@ -90,6 +92,12 @@ def intervals(
     if group or marks:
         axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
+
+
+def _how_many(table: pd.DataFrame) -> str:
+    """What a column ``n`` says: (n = 1000), or the smallest and the largest where rows differ."""
+    found = sorted({int(n) for n in table["n"].dropna()}) if "n" in table else []
+    return f" (n = {' to '.join(map(str, dict.fromkeys((found[0], found[-1]))))})" if found else ""
 
 
 def _in_order(values: pd.Series) -> list[str]:

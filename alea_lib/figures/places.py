@@ -93,14 +93,15 @@ def cost_quality(table: pd.DataFrame, cost: str, quality: str, title: str, xlabe
     figure, axes = plt.subplots(1, table["target"].nunique(), figsize=(10, 4), squeeze=False, sharey=True)
     for axis, (target, part) in zip(axes.flat, table.groupby("target", sort=False)):
         axis.scatter(part[cost], part[quality], color="#0072B2", zorder=3)
-        line = {"arrowstyle": "-", "lw": 0.5, "color": "0.6", "shrinkA": 0, "shrinkB": 0}
-        for _, group in part.groupby(
-            np.log1p(part[cost]).round(1)
-        ):  # what costs about the same: labels one below the other
+        line = {"arrowstyle": "-", "lw": 0.5, "color": "0.6", "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        place = np.log1p(part[cost]).sort_values()
+        cluster = (place.diff() > 0.5).cumsum()  # what costs about the same: labels one below the other
+        for _, group in part.groupby(cluster):
             heights = spread(group[quality].to_numpy(), 0.048)
             for (_, row), height in zip(group.iterrows(), heights):
-                place = {"xytext": (10, height), "textcoords": ("offset points", "data"), "va": "center"}
-                axis.annotate(row["locator"], (row[cost], row[quality]), fontsize=8, arrowprops=line, **place)
-        axis.set(xscale="symlog", xlabel=xlabel, ylabel=ylabel, ylim=(-0.03, 1.08))
+                label = {"xytext": (10, height), "textcoords": ("offset points", "data"), "va": "center"}
+                axis.annotate(row["locator"], (row[cost], row[quality]), fontsize=8, arrowprops=line, **label)
+        axis.set(xscale="symlog", ylabel=ylabel, ylim=(-0.03, 1.08), xlim=(-0.3, 5 * part[cost].max()))
         axis.set_title(f"{target} locators", fontsize=10)
+    figure.supxlabel(xlabel, fontsize=11)
     return headed(figure, title)

@@ -105,7 +105,7 @@ def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
     marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]
     head = [text for text in (note(profile), *marks) if text]
     read = [places.root() / name for name in record["inputs"] if not name.startswith("data/models/")]
-    tables = [path for path in (*sorted(folder.iterdir()), *read) if path.suffix in (".csv", ".parquet")]
+    tables = [p for p in (*sorted(folder.iterdir()), *read) if p.suffix in (".csv", ".parquet") and p.is_file()]
     foot = [download(tables)] if tables else []
 
     def cells(texts: list[str], kind: str) -> list[dict]:

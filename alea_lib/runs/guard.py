@@ -147,9 +147,13 @@ def page_faults(page: Path, source: Path, record: dict, today: dict[str, str]) -
 def published(profile: str) -> dict[str, str]:
     """State of each published run of a profile: `current`, `changed` (its code has changed since) or `unknown`.
 
-    Compares the column sources_sha256 of data/results/<profile>/runs.csv with today's sources.
+    Compares the column sources_sha256 of data/results/<profile>/runs.csv with today's sources; without such a file
+    nothing is known.
     """
-    runs = pd.read_csv(places.root() / "data" / "results" / profile / "runs.csv", dtype=str, keep_default_na=False)
+    path = places.root() / "data" / "results" / profile / "runs.csv"
+    if not path.exists():
+        return {"": "unknown"}
+    runs = pd.read_csv(path, dtype=str, keep_default_na=False)
     notebooks = {path.stem: path for path in (places.root() / "notebooks").glob("*.ipynb")}
     states = {}
     for row in runs.to_dict("records"):
