@@ -129,6 +129,7 @@ _EXPORTS = {
     "export_adapter": "edit.export",
     "export_checkpoint": "edit.export",
     "write_edit_card": "edit.export",
+    "Bench": "edit.bench",
     "bench_steps": "edit.bench",
     "kl_reference_bytes": "edit.bench",
     "predicted_speedup": "edit.bench",

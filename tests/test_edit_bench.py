@@ -12,6 +12,9 @@ def test_loops_agree_and_the_frozen_part_pays():
     fast = table[table["loop"] == "fast"].set_index("edited")
     assert fast.loc[1, "speedup"] > 2 and (fast["capture"] > 0).all()
     assert (table["amortised"] >= table["seconds"] - 1e-3).all()
+    assert (table["speedup_lo"] <= table["speedup"]).all() and (table["speedup"] <= table["speedup_hi"]).all()
+    assert (table.loc[table["loop"] == "official", ["speedup_lo", "speedup_hi"]] == 1).all(axis=None)
+    assert fast.loc[4, "predicted"] == predicted_speedup(8, 4) and table["predicted"].notna().sum() == 2
 
 
 def test_prediction():

@@ -73,7 +73,7 @@ FACTORS = {
                     levels={**_each("n_pairs", 50, 100, 200), "standard": {}, **_each("n_pairs", 1000, 1500)}),
     "labels": Factor("Whose labels?", "no-prefix", "detector", levels={"detector": {}, "truth": {"labels": "truth"}}),
 }  # fmt: skip
-# what a level may say that is the method itself: such levels of several factors share one case
+# values that the trial has anyway (EditTrialSettings): levels that say these are the method itself, and share its case
 STANDARD = {"length": 5, "kl": 0.2, "rounds": 1, "prefix_dropout": 0.0, "unlikelihood": 0.0}
 OWN = ("method", "place", "locator", "length", "n_pairs", "labels")  # keys of a level that are no edit's option
 
@@ -121,9 +121,10 @@ def ablation_levels(
 
 
 def _case(factor: Factor, what: dict, seed: int, places: Places, n_pairs: int) -> EditCase:
+    what = {k: v for k, v in what.items() if v != STANDARD.get(k)}
     method = what.get("method", factor.method)
     changes = {k: v for k, v in what.items() if k not in OWN}
-    told = [f"{k}={v}" for k, v in what.items() if k != "method" and v != STANDARD.get(k)]
+    told = [f"{k}={v}" for k, v in what.items() if k != "method"]
     if place := what.get("place"):
         if place not in CONTROLS:
             raise DataError(f"unknown place {place!r}; there are {', '.join(CONTROLS)}")

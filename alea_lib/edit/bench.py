@@ -25,6 +25,7 @@ from .trained import trained
 # attention and MLP of a frozen layer pass gradients on; per layer, a backward costs 1 for the inputs and this share
 # for the one trained matrix: fitted on layers of width 64 to 256
 WEIGHT_SHARE = 0.223
+LOOPS = ("official", "plain", "fast")
 
 
 @dataclass(frozen=True)
@@ -54,31 +55,42 @@ def random_model(s: Bench) -> VLM:
 
 
 def bench_steps(s: Bench = Bench(), edited: tuple[int, ...] | None = None) -> pd.DataFrame:
-    """Seconds a step (process time, least of ``repeats``) for the last 1, quarter and half of the layers edited.
+    """Seconds a step (process time, median of ``repeats``) for the last 1, quarter and half of the layers edited.
 
     Columns: edited (layers), loop (official, plain, fast), seconds, capture (seconds an item and condition, read
-    once), amortised (seconds a step with capturing spread over ``epochs``), speedup and speedup_amortised (of these
-    two against the official loop), gradient (largest relative difference to the official loop's).
+    once), amortised (seconds a step with capturing spread over ``epochs``), speedup against the official loop (median
+    over repeats, the loops taking turns, with the least and largest as speedup_lo and speedup_hi), speedup_amortised,
+    predicted (of the fast loop, by counting), gradient (largest relative difference to the official loop's).
     """
     vlm, rng = random_model(s), np.random.default_rng(s.seed)
     features = torch.randn(s.items, 36, s.width, generator=torch.Generator().manual_seed(s.seed))
     known = [vlm.tokenizer.decode([i]).strip() for i in range(len(vlm.tokenizer))]
     vocabulary = [w for w in known if w.isalpha()]
     texts = [" ".join(rng.choice(vocabulary, s.words)) for _ in range(s.items)]
-    prefix, pick, rows = random_prefix(vlm, PrefixSettings(seed=s.seed)), np.arange(s.batch), []
+    prefix, pick = random_prefix(vlm, PrefixSettings(seed=s.seed)), np.arange(s.batch)
+    parts = []
     for n in edited or (1, s.layers // 4, s.layers // 2):
         layers = tuple(range(s.layers - n, s.layers))
-        wanted, base = None, None
-        for loop in ("official", "plain", "fast"):
-            step, capture = _loop(loop, vlm, features, texts, prefix, layers, pick)
-            gradient, seconds = step(), min(_timed(step) for _ in range(s.repeats))
-            wanted = gradient if loop == "official" else wanted
-            cost = seconds + capture * 2 * s.batch / s.epochs
-            base = cost if loop == "official" else base
-            apart = max(((g - w).norm() / w.norm()).item() for g, w in zip(gradient, wanted))
-            rows.append((n, loop, seconds, capture, cost, base / seconds, base / cost, apart))
-    columns = ["edited", "loop", "seconds", "capture", "amortised", "speedup", "speedup_amortised", "gradient"]
-    return pd.DataFrame(rows, columns=columns)
+        loops = {loop: _loop(loop, vlm, features, texts, prefix, layers, pick) for loop in LOOPS}
+        parts.append(_compared(loops, s).assign(edited=n, predicted=predicted_speedup(s.layers, n)))
+    table = pd.concat(parts, ignore_index=True)
+    table["predicted"] = table["predicted"].where(table["loop"] == "fast")
+    return table[["edited", *(c for c in table if c != "edited")]]
+
+
+def _compared(loops: dict, s: Bench) -> pd.DataFrame:
+    """The loops (step, seconds of capturing) timed in turns, and their gradients beside the official loop's."""
+    gradients = {loop: step() for loop, (step, _) in loops.items()}
+    times = pd.DataFrame([{loop: _timed(step) for loop, (step, _) in loops.items()} for _ in range(s.repeats)])
+    cost = {loop: times[loop].median() + capture * 2 * s.batch / s.epochs for loop, (_, capture) in loops.items()}
+    rows = []
+    for loop, (_, capture) in loops.items():
+        ratio = times["official"] / times[loop]
+        row = {"loop": loop, "seconds": times[loop].median(), "capture": capture, "amortised": cost[loop]}
+        row |= {"speedup": ratio.median(), "speedup_lo": ratio.min(), "speedup_hi": ratio.max()}
+        apart = max(((g - w).norm() / w.norm()).item() for g, w in zip(gradients[loop], gradients["official"]))
+        rows.append({**row, "speedup_amortised": cost["official"] / cost[loop], "gradient": apart})
+    return pd.DataFrame(rows)
 
 
 def _timed(act) -> float:
