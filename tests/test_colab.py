@@ -290,7 +290,6 @@ def test_a_notebook_opened_in_colab_runs(version, tmp_path):
     fetched = (clone / ".git" / "HEAD").stat().st_mtime_ns
     command = "-m alea_lib.runs execute 03_locate_layers --profile smoke --needed"
     run(*command.split(), PYTHONPATH=told[1], ALEA_ROOT=told[2])
-    run(*command.replace(" --needed", "").split(), PYTHONPATH=told[1], ALEA_ROOT=told[2])
     run(*"-m papermill 05_edit.ipynb out.ipynb -p PROFILE smoke --no-progress-bar -k python3".split())
     record = json.loads((clone / "data" / "runs" / "smoke" / "05_edit-alea-mixed" / "run.json").read_text())
     head = subprocess.run(["git", "-C", str(clone), "rev-parse", "HEAD"], capture_output=True, text=True)
