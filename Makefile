@@ -20,7 +20,7 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: help install study test model implants card book pdf run publish clean
+.PHONY: help install study test model implants card book pdf run publish gpu-check clean
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
@@ -31,6 +31,7 @@ help:
 	@echo "make model SEED=0        train the small models (long)"
 	@echo "make publish PROFILE=thorough   run a profile (hours) and copy its tables to data/results (ONLY=10_seeds: that stage)"
 	@echo "make implants            train the implants of the small clean model: ground truth for locating (long)"
+	@echo "make gpu-check OUT=DIR   what a GPU can do with it, in six minutes: memory, times, tests"
 	@echo "make card                put the figures of the finished study on the model cards"
 	@echo "make clean               remove runs and the built book; models and .venv stay"
 	@echo "Everywhere: PROFILE=scenes|smoke|...  JOBS=2  PYTHON=python3.12"
@@ -73,6 +74,10 @@ model: $(STAMP)
 
 implants: $(STAMP)
 	$(PY) -m alea_lib.zoo --part implants
+
+gpu-check: $(STAMP)
+	@test -n "$(OUT)" || { echo "say where the results go: make gpu-check OUT=gpu" >&2; exit 2; }
+	@$(PY) -m alea_lib.gpu_check --out $(OUT)
 
 card: $(STAMP)
 	$(PY) -m alea_lib.zoo --part card

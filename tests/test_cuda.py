@@ -1,4 +1,4 @@
-"""What must hold on a GPU too: the 4-bit path, prefix, edit, delta and export, on the device that ALEA_TEST_DEVICE names.
+"""What must hold on a GPU too: the 4-bit path, prefix, edit, delta and export, on the device of ALEA_TEST_DEVICE.
 
 `make gpu-check` runs these; so does tests/test_gpu_check.py, on a CPU. Sums come in another order on a GPU, so
 nothing here asks for equal bits but what is stored.

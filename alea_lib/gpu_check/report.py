@@ -18,6 +18,8 @@ def bars(out: Path, device: str) -> pd.DataFrame:
     """One row a bar: pass, fail, or not judged (memory and time of a CPU say nothing). No figure is a failure."""
     tests, costs, told = _read(out / "tests.csv"), _read(out / "costs.csv"), _read(out / "captions.json")
     bad = f"{(tests['outcome'] != 'passed').sum()} of {len(tests)}" if len(tests) else ""
+    for column in {"peak_gib", "ratio"} & set(costs):  # empty throughout, they come back as texts
+        costs[column] = pd.to_numeric(costs[column])
     edits = costs[costs["what"].isin(["edit, plain", "edit, fast"])] if len(costs) else costs
     whole = len(edits) == 2 and edits["peak_gib"].notna().all()
     peak = edits["peak_gib"].max() if whole else None
