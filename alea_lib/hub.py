@@ -22,7 +22,9 @@ def snapshot(row: ModelRow) -> Path:
 
     off = switched_off()
     try:
-        return Path(snapshot_download(row.hub, revision=row.revision, allow_patterns=list(WANTED), local_files_only=off))
+        return Path(
+            snapshot_download(row.hub, revision=row.revision, allow_patterns=list(WANTED), local_files_only=off)
+        )
     except LocalEntryNotFoundError as error:
         how = "the hub is switched off: set HF_HUB_OFFLINE=0" if off else "the hub does not answer: is there a network?"
         raise FileNotFoundError(f"{row.key}: {row.hub} at {row.revision[:12]} was not downloaded, and {how}") from error

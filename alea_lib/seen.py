@@ -26,7 +26,9 @@ class Features:
     """Features [N,P,D] that stand in files, one an image. Indexing picks images and reads nothing; any use as a tensor
     (``to``, an operation of torch, an attribute) reads the picked ones, on the CPU."""
 
-    def __init__(self, files: list[Path], shape: tuple[int, int], dtype: torch.dtype, index: torch.Tensor | None = None):
+    def __init__(
+        self, files: list[Path], shape: tuple[int, int], dtype: torch.dtype, index: torch.Tensor | None = None
+    ):
         self.files, self.one, self.dtype = files, shape, dtype
         self.index = torch.arange(len(files)) if index is None else index
 

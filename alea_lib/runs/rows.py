@@ -94,7 +94,9 @@ def outside(path: Path) -> tuple[str, dict[str, str]] | None:
 
         return f"model {folder.name}", {"sha256": sha256(folder)}
     commit = _cached_commit(key)
-    return (f"hub {key}", {"revision": commit, "sha256": hashlib.sha256(commit.encode()).hexdigest()}) if commit else None
+    return (
+        (f"hub {key}", {"revision": commit, "sha256": hashlib.sha256(commit.encode()).hexdigest()}) if commit else None
+    )
 
 
 def _cached_commit(repository: str) -> str:

@@ -75,7 +75,11 @@ def refresh(profile: str) -> None:
 
 
 def study(profile: str, jobs: int, target: str = "all") -> int:
-    """Run what is missing of a profile and build the book; returns Snakemake's exit status."""
+    """Run what is missing of a profile and build the book; returns Snakemake's exit status. RunError, before anything
+    starts, when the profile's needs are not met (see ``preview.require``)."""
+    from alea_lib.runs.preview import require
+
+    require(profile)
     root = places.root()
     clear_stale_lock(root)
     refresh(profile)
