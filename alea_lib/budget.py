@@ -11,8 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from .runs.places import RunError, root
 
 HALF, FULL = 2, 4  # bytes of a number
