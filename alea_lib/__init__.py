@@ -107,7 +107,7 @@ _EXPORTS = {
     "export_checkpoint": "edit.export",
     "write_edit_card": "edit.export",
     "bench_steps": "edit.bench",
-    "kl_reference_bytes": "edit.bench",
+    "kl_reference_bytes": "budget",
     "predicted_speedup": "edit.bench",
     "captions": "probe.answers",
     "pope_answers": "probe.answers",

@@ -137,9 +137,8 @@ def trained_bytes(s: Shape, layers: int, rank: int = 0, optimiser: str = "adamw"
     if not rank:
         return layers * numbers * FULL * MASTERS[optimiser]
     factors = rank * (numbers // s.width + s.width)
-    return (
-        layers * FULL * (2 * numbers + (MASTERS[optimiser] - 1) * factors)
-    )  # the base's, and the sum with the product
+    # the base's own, and its sum with the product
+    return layers * FULL * (2 * numbers + (MASTERS[optimiser] - 1) * factors)
 
 
 def activation_bytes(s: Shape, layers: int, tokens: int, batch: int = 1, trained: int = 0, each: int = HALF) -> int:

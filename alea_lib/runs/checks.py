@@ -23,8 +23,9 @@ BF16 = 8.0  # compute capability from which a card has bfloat16
 
 @dataclass(frozen=True)
 class Needs:
-    """The section ``needs`` of a profile. ``card``: the one that times are computed for. ``gpu_gib``: memory of the card;
-    ``disk_gib`` for everything, downloads included; ``download_gb`` in 10^9 bytes; ``parts`` of the world's downloads."""
+    """The section ``needs`` of a profile. ``card``: the one that times are computed for. ``gpu_gib``: memory of the
+    card; ``disk_gib`` for everything, downloads included; ``download_gb`` in 10^9 bytes; ``parts`` of the world's
+    downloads."""
 
     card: str = ""
     gpu_gib: float = 0.0

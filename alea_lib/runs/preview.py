@@ -1,4 +1,7 @@
-"""What a profile would do, before it does anything: stages, times, memory, disk, downloads, checks. No torch, no net."""
+"""What a profile would do, before it does anything: stages, times, memory, disk, downloads, checks.
+
+Needs no torch, no GPU and no network.
+"""
 
 from __future__ import annotations
 
@@ -147,7 +150,7 @@ def _memory(job: Job, params: dict, model: _Model) -> float:
 
 
 def _disk(job: Job, params: dict, model: _Model) -> float:
-    """Bytes that a stage adds: features of images no earlier stage has seen, a delta, and what an edit keeps meanwhile."""
+    """Bytes that a stage adds: features of images that no earlier stage has seen, a delta, what an edit keeps."""
     if not model.shape:
         return float("nan")
     first = job.stage in IMAGES and job.variant in ("", "base")
