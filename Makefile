@@ -24,6 +24,7 @@ export MALLOC_TOP_PAD_ = 67108864
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
+	@echo "make study DRY=1         what it would do, take and need (PROFILE=llava-1.5-7b: LLaVA-1.5 on one GPU); starts nothing"
 	@echo "make test                the tests"
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
 	@echo "make book                the book again, from finished runs"
@@ -49,7 +50,7 @@ install: $(STAMP)
 
 # ALEA_WATCH: if this make is killed, what it started ends too, so that the next make finds no one else at work.
 study: $(STAMP)
-	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs study --profile $(PROFILE) --jobs $(JOBS)
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs $(if $(DRY),plan --profile $(PROFILE),study --profile $(PROFILE) --jobs $(JOBS))
 
 book: $(STAMP)
 	@$(PY) -m alea_lib.runs book --profile $(PROFILE)

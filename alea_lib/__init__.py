@@ -131,7 +131,7 @@ _EXPORTS = {
     "write_edit_card": "edit.export",
     "Bench": "edit.bench",
     "bench_steps": "edit.bench",
-    "kl_reference_bytes": "edit.bench",
+    "kl_reference_bytes": "budget",
     "predicted_speedup": "edit.bench",
     "captions": "probe.answers",
     "pope_answers": "probe.answers",

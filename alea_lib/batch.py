@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Largest batches that a device takes: images seen, answers written, answers read, items of a backward pass.
-
-    None is any size."""
+    """Largest batches that a device takes: images seen, answers written, answers read, items of a backward pass; and
+    ``keep``, bytes of what an edit reads once that stay on the device. None: any."""
 
     see: int | None = None
     write: int | None = None
     read: int | None = None
     train: int | None = None
+    keep: int | None = None
 
     def of(self, name: str, wanted: int) -> int:
         """The batch size to use where ``wanted`` is asked for."""
         return min(wanted, getattr(self, name) or wanted)
+
+    def pieces(self, pick: np.ndarray) -> list[np.ndarray]:
+        """A batch of a training step in pieces that a backward pass takes, as equal as can be."""
+        return np.array_split(pick, max(1, -(-len(pick) // (self.train or len(pick) or 1))))
+
+
+def loss_scale(dtype: torch.dtype) -> float:
+    """What a loss is multiplied by before its backward pass, and its gradient divided by after: gradients of most
+    tokens are too small for half precision with 5 bits of exponent."""
+    return 1024.0 if dtype == torch.float16 else 1.0
+
+
+def scale_gradient(parameters, scale: float) -> None:
+    """Divide what a backward pass adds to these leaf tensors' gradients by the scale of its loss."""
+    for p in parameters if scale != 1 else ():
+        p.register_hook(lambda g: g / scale)
 
 
 @dataclass(frozen=True)

@@ -137,9 +137,8 @@ def trained_bytes(s: Shape, layers: int, rank: int = 0, optimiser: str = "adamw"
     if not rank:
         return layers * numbers * FULL * MASTERS[optimiser]
     factors = rank * (numbers // s.width + s.width)
-    return (
-        layers * FULL * (2 * numbers + (MASTERS[optimiser] - 1) * factors)
-    )  # the base's, and the sum with the product
+    # the base's own, and its sum with the product
+    return layers * FULL * (2 * numbers + (MASTERS[optimiser] - 1) * factors)
 
 
 def activation_bytes(s: Shape, layers: int, tokens: int, batch: int = 1, trained: int = 0, each: int = HALF) -> int:
@@ -199,6 +198,7 @@ class Plan:
     batch: int = 1
     tokens: int = 750
     answer: int = 130
+    answers: int = 2  # of an image that the adversary compares
     rank: int = 0
     prefix_length: int = 5
     write_batch: int = 8
@@ -215,9 +215,12 @@ def edit_peak(s: Shape, p: Plan) -> int:
 
 
 def prefix_peak(s: Shape, p: Plan) -> int:
-    """Largest memory of a step of the adversary: its gradient passes through all layers."""
-    graph = activation_bytes(s, s.layers, p.tokens + p.prefix_length, p.batch, each=p.each)
-    own = prefix_bytes(s, p.prefix_length) + logits_bytes(s, p.batch * p.answer)
+    """Largest memory of a step of the adversary: its gradient passes through all layers, but only through prefix and
+    answer; the keys and values of what stands before are there twice, as read and joined to the answer's."""
+    rows = p.batch * p.answers
+    graph = activation_bytes(s, s.layers, p.answer + p.prefix_length, rows, each=p.each)
+    graph += kv_bytes(s, p.tokens - p.answer, 2 * rows, p.each)
+    own = prefix_bytes(s, p.prefix_length) + logits_bytes(s, rows * p.answer)
     return model_bytes(s, p.four_bit, p.unquantised, each=p.each) + graph + own + CONTEXT
 
 

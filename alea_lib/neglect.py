@@ -91,13 +91,15 @@ def adversary_loss(
     prefix,
     settings,
     asked: Asked | None = None,
+    whole: np.ndarray | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
     """The weighted loss of a batch of items under the prefix, and its terms.
 
     ``answers``: negatives and positives (which only ``contrast`` needs). nll: of the negative, in nats a token;
     contrast: softplus(margin - log p(negative) + log p(positive)), in nats an answer; neglect: KL(no-image output ||
     output under the prefix) at the negative's tokens; attention: share of attention on the image, mean over these
-    tokens, heads and layers. ``asked`` keeps what stands before the prefix from call to call.
+    tokens, heads and layers. ``asked`` keeps what stands before the prefix from call to call. ``whole``: the batch
+    that ``pick`` is a piece of, of whose loss this is then the piece's part: the parts add up.
     """
     sides = [answers[0], answers[1]] if settings.contrast else [answers[0]]
     texts = [side[int(i)] for side in sides for i in pick]
@@ -119,6 +121,9 @@ def adversary_loss(
         terms["neglect"] = F.kl_div(logits[:n].log_softmax(-1), blind(pick), log_target=True, reduction="batchmean")
     if settings.attention:
         terms["attention"] = torch.stack(shares).mean()
+    if whole is not None and len(whole) > len(pick):
+        tokens = n / sum(vlm.answer_length(answers[0][int(i)]) for i in whole)
+        terms = {k: t * (len(pick) / len(whole) if k == "contrast" else tokens) for k, t in terms.items()}
     loss = sum(getattr(settings, name) * term for name, term in terms.items())
     return loss, {name: terms[name].item() if name in terms else 0.0 for name in TERMS}
 

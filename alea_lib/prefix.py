@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
+from .batch import loss_scale, scale_gradient
 from .checkpoint import write_safetensors
 from .neglect import TERMS, Asked, Blind, adversary_loss
 from .vlm import VLM, Batch
@@ -169,20 +170,25 @@ def _tune(
     """One run of the adversary on the first ``kept`` items; ``frozen`` is what does not depend on the prefix."""
     blind, asked = frozen
     start = random_prefix(vlm, settings)
-    rows = start.rows.clone().requires_grad_(True)
+    rows, scale = start.rows.clone().requires_grad_(True), loss_scale(vlm.model.dtype)
+    scale_gradient([rows], scale)
     optimiser = torch.optim.AdamW([rows], lr=settings.lr, weight_decay=0.0)
     limit = settings.norm * embedding_scale(vlm) if settings.norm else float("inf")
     curve = []
     for step in tqdm(range(settings.steps), desc="prefix"):
         pick = np.random.default_rng([settings.seed, 1, step]).choice(kept, min(settings.batch, kept), replace=False)
-        loss, terms = adversary_loss(vlm, features, answers, pick, blind, replace(start, rows=rows), settings, asked)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm"
-            )
         if settings.reset:
             optimiser.zero_grad()
-        loss.backward()
+        terms = dict.fromkeys(TERMS, 0.0)
+        for piece in vlm.limits.pieces(pick):
+            given = features, answers, piece, blind, replace(start, rows=rows), settings, asked
+            loss, found = adversary_loss(vlm, *given, whole=pick)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm"
+                )
+            (scale * loss).backward()
+            terms = {name: terms[name] + found[name] for name in TERMS}
         if settings.decay:
             optimiser.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps)
         optimiser.step()
@@ -196,11 +202,10 @@ def _tune(
 @torch.no_grad()
 def _held_out_loss(vlm: VLM, features, answers: tuple, items: range, frozen, prefix, settings: PrefixSettings) -> float:
     """Mean loss over the items that no restart was tuned on."""
-    parts = np.array_split(np.array(items), max(1, round(len(items) / settings.batch)))
-    losses = [
-        adversary_loss(vlm, features, answers, p, frozen[0], prefix, settings, frozen[1])[0].item() * len(p)
-        for p in parts
-    ]
+    size = vlm.limits.of("train", settings.batch)
+    parts = np.array_split(np.array(items), max(1, round(len(items) / size)))
+    given = [(features, answers, p, frozen[0], prefix, settings, frozen[1]) for p in parts]
+    losses = [adversary_loss(vlm, *each)[0].item() * len(each[2]) for each in given]
     return sum(losses) / len(items)
 
 

@@ -181,6 +181,10 @@ class VLM:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][before:]
         return ids + [self.end_id] * eos
 
+    def answer_length(self, answer: str, eos: bool = True, bos: bool = False) -> int:
+        """Tokens of an answer that a loss counts."""
+        return len(self._answer_ids(answer, eos)) + bos
+
     def embed(self, batch: Batch) -> torch.Tensor:
         """What the language model sees, [B,T,D]: token embeddings with the image features in their places."""
         embeds = self.model.get_input_embeddings()(batch.ids)
@@ -323,7 +327,8 @@ def load(
 
 def _as_pinned(vlm: VLM, row: ModelRow) -> VLM:
     """Revision, batch limits and cache of a row."""
-    vlm.revision, vlm.limits = row.revision, Limits(row.see, row.write, row.read, row.train or None)
+    keep = int(row.keep_gib * 2**30) if row.keep_gib else None
+    vlm.revision, vlm.limits = row.revision, Limits(row.see, row.write, row.read, row.train or None, keep)
     vlm.cache = root() / "data" / "runs" / "features" if row.cache else None
     return vlm
 

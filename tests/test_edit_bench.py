@@ -2,7 +2,8 @@
 
 import pytest
 
-from alea_lib.edit.bench import Bench, bench_steps, kl_reference_bytes, predicted_speedup
+from alea_lib.budget import kl_reference_bytes
+from alea_lib.edit.bench import Bench, bench_steps, predicted_speedup
 
 
 def test_loops_agree_and_the_frozen_part_pays():

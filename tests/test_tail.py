@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from alea_lib.budget import cache_bytes
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.losses import Passes
 from alea_lib.edit.settings import EditSettings
 from alea_lib.prefix import PrefixSettings, random_prefix
-from alea_lib.tail import cache_bytes, capture, capture_last, final_norm, layer_input, run_last, run_tail
+from alea_lib.tail import capture, capture_last, final_norm, layer_input, run_last, run_tail
 from alea_lib.taps import full_weight, replaced_linear, started_at
 from alea_lib.vlm import scored
 

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from ..prefix import Prefix, PrefixSettings, random_prefix
-from ..tail import cache_bytes
 from ..taps import replaced_linear
 from ..vlm import VLM, scored
 from .losses import Passes, Reference, kl_divergence
@@ -159,11 +158,3 @@ def predicted_speedup(layers: int, edited: int, official: bool = True) -> float:
         return (layers + b) / (edited + b)
     through = layers + edited * WEIGHT_SHARE
     return (3 * layers + through + b) / (2 * (edited + b))
-
-
-def kl_reference_bytes(
-    items: int = 1500, tokens: int = 200, width: int = 4096, vocabulary: int = 32064, bytes_each: int = 2
-) -> dict[str, int]:
-    """Memory of the KL's reference: final states of the answers against their logits (defaults: LLaVA-1.5-7B)."""
-    count = items * tokens * bytes_each
-    return {"states": count * width, "logits": count * vocabulary, "inputs": cache_bytes(items, 876, width, bytes_each)}

@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .. import checkpoint
+from ..batch import loss_scale, scale_gradient
 from ..prefix import Prefix, PrefixSettings, fit_prefix
 from ..seen import fingerprint
 from ..taps import replaced_linear
 from ..vlm import VLM
 from .delta import Delta, hash_text, weight_hash
+from .kept import scratch
 from .losses import Passes, Reference, answer_nll, dropped, kl_divergence, kl_to_base, unlikelihood
 from .settings import EditSettings, check
 from .trained import Trained, trained
@@ -49,17 +51,18 @@ def fit_edit(
     """
     prefixes = [prefix] if isinstance(prefix, Prefix) else list(prefix or [])
     _check_input(positives, prefixes, settings, negatives, adversary)
-    run = _Run(vlm, features, positives, negatives, prefixes, settings, adversary)
-    if checkpoint_path:
-        run.resume(checkpoint_path)
-    for epoch in tqdm(range(run.epoch, settings.epochs), desc="edit", initial=run.epoch, total=settings.epochs):
-        if run.stopped:
-            break
-        run.new_round(epoch)
-        run.run_epoch(epoch, checkpoint_path)
+    with scratch(checkpoint_path) as folder:
+        run = _Run(vlm, features, positives, negatives, prefixes, settings, adversary, folder)
         if checkpoint_path:
-            run.save(checkpoint_path)
-    return run.result()
+            run.resume(checkpoint_path)
+        for epoch in tqdm(range(run.epoch, settings.epochs), desc="edit", initial=run.epoch, total=settings.epochs):
+            if run.stopped:
+                break
+            run.new_round(epoch)
+            run.run_epoch(epoch, checkpoint_path)
+            if checkpoint_path:
+                run.save(checkpoint_path)
+        return run.result()
 
 
 def _check_input(positives, prefixes, settings: EditSettings, negatives, adversary) -> None:
@@ -89,15 +92,17 @@ def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
 class _Run:
     """The state of one edit in the making."""
 
-    def __init__(self, vlm: VLM, features, positives, negatives, prefixes, settings, adversary):
+    def __init__(self, vlm: VLM, features, positives, negatives, prefixes, settings, adversary, folder=None):
         self.vlm, self.features, self.settings, self.adversary = vlm, features, settings, adversary
         self.texts = {"positive": positives, "negative": negatives}
         self.prefixes = prefixes
         self.trained: Trained = trained(vlm, settings)
         optimiser = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.SGD
         self.optimiser = optimiser(self.trained.parameters.values(), lr=settings.lr, weight_decay=0.0)
+        self.scale = loss_scale(vlm.model.dtype)
+        scale_gradient(self.trained.parameters.values(), self.scale)
         last = list(self.trained.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
-        self.passes = Passes(vlm, features, self.texts, settings, self.trained.first, last)
+        self.passes = Passes(vlm, features, self.texts, settings, self.trained.first, last, folder)
         self.reference = Reference(self.passes)
         held = int(settings.held_out * len(positives))
         mixed = np.random.default_rng([settings.seed, 5]).permutation(len(positives))
@@ -147,13 +152,23 @@ class _Run:
         if s.reset == "step" or step % self.per_epoch == 0:
             self.optimiser.zero_grad()
         number = step % len(self.prefixes) if prefixed else -1
-        row = {"step": step, "prefixed": prefixed, "kl": 0.0, "unlikelihood": 0.0, "held_out": float("nan")}
-        for name, term in self.terms(self.items[pick], number, step):
-            (getattr(s, name) * term).backward()
-            row[name] = term.item()
+        row = {"step": step, "prefixed": prefixed, "nll": 0.0, "kl": 0.0, "unlikelihood": 0.0, "held_out": float("nan")}
+        for piece in self.vlm.limits.pieces(self.items[pick]):
+            for name, term in self.terms(piece, number, step):
+                share = self.share("negative" if name == "unlikelihood" else "positive", piece, self.items[pick])
+                (self.scale * getattr(s, name) * share * term).backward()
+                row[name] += share * term.item()
         self.optimiser.step()
         self.trained.limit(s.norm)
         return row
+
+    def share(self, key: str, piece: np.ndarray, whole: np.ndarray) -> float:
+        """Share of a batch's answer tokens that lie in a piece of it: each term is a mean over tokens."""
+        if len(piece) == len(whole):
+            return 1.0
+        s, texts = self.settings, self.texts[key]
+        n, total = (sum(self.vlm.answer_length(texts[int(i)], s.eos, s.bos) for i in part) for part in (piece, whole))
+        return n / total
 
     def terms(self, pick: np.ndarray, number: int, step: int = 0):
         """The terms of the loss one by one, so that only one graph is alive at a time. ``number``: of the prefix."""
@@ -178,7 +193,8 @@ class _Run:
     def held_out_loss(self) -> float:
         """The loss on the held-out pairs, clean and prefixed in the settings' share."""
         s, total = self.settings, 0.0
-        parts = np.array_split(self.held, max(1, round(len(self.held) / s.batch)))
+        size = self.vlm.limits.of("train", s.batch)
+        parts = np.array_split(self.held, max(1, round(len(self.held) / size)))
         for number, weight in ((0, s.prefix_share), (-1, 1 - s.prefix_share)):
             for pick in parts if weight else ():
                 terms = self.terms(pick, len(self.prefixes) - 1 if number == 0 else -1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from ..prefix import Prefix
 from ..tail import Cached, capture, capture_last, run_last, run_tail
 from ..taps import replaced_linear
 from ..vlm import VLM, Batch, scored
+from .kept import Kept
 from .settings import EditSettings
 
 BLOCK = 24
@@ -60,15 +62,26 @@ class Passes:
     """Logits of items under a condition, (texts, prompt role, prefix number), with weights in place of the model's.
 
     Plain: a whole forward pass. Fast: what enters the first edited layer is read once an item and condition; for the
-    last layer's down-projection alone, once and for all what surrounds it.
+    last layer's down-projection alone, once and for all what surrounds it. Beyond the model's limit (``keep``) what is
+    read goes to ``folder``, or without one is read again.
     """
 
-    def __init__(self, vlm: VLM, features, texts: dict[str, list[str]], settings: EditSettings, first: int, last: bool):
+    def __init__(
+        self,
+        vlm: VLM,
+        features,
+        texts: dict[str, list[str]],
+        settings: EditSettings,
+        first: int,
+        last: bool,
+        folder: Path | None = None,
+    ):
         self.vlm, self.features, self.texts, self.settings = vlm, features, texts, settings
         self.first, self.last = first, last
         # where mask or positions depend on the item, what is read once cannot be run again without it
         self.fast = settings.fast and first > 0 and not settings.prefix_dropout and vlm.row.told is causal
-        self.kept: dict[tuple, Cached] = {}
+        self.kept = Kept(vlm.limits.keep, folder and folder / "inputs")
+        self.folder = folder
 
     def encode(self, key: str, role: str, pick: np.ndarray) -> Batch:
         """The items' images, a prompt and their texts as a batch."""
@@ -97,15 +110,19 @@ class Passes:
             return run_tail(self.vlm, self.first, items), labels
 
     def _cached(self, condition: tuple, pick: np.ndarray, prefix: Prefix | None) -> list[Cached]:
+        new: dict[int, Cached] = {}
         for block in blocks(pick, len(self.features), lambda i: (*condition, i) in self.kept):
             given = inputs(self.vlm, self.encode(*condition[:2], block), prefix)
             found = capture_last(self.vlm, *given) if self.last else capture(self.vlm, self.first, *given)
-            self.kept |= {(*condition, int(i)): c for i, c in zip(block, found, strict=True)}
-        return [self.kept[(*condition, int(i))] for i in pick]
+            new |= {int(i): c for i, c in zip(block, found, strict=True)}
+        for i, item in new.items():
+            if (*condition, i) not in self.kept:
+                self.kept.put((*condition, i), item)
+        return [new[int(i)] if int(i) in new else self.kept[(*condition, int(i))] for i in pick]
 
     def forget(self, number: int) -> None:
         """Drop what was read under a prefix that is used no more."""
-        self.kept = {k: v for k, v in self.kept.items() if k[2] != number}
+        self.kept.forget(lambda key: key[2] != number)
 
 
 class Reference:
@@ -118,17 +135,21 @@ class Reference:
 
     def __init__(self, passes: Passes):
         self.passes, self.kind = passes, passes.settings.kl_reference
-        self.kept: dict[int, torch.Tensor] = {}
+        self.kept = Kept(passes.vlm.limits.keep, passes.folder and passes.folder / "reference")
 
     @torch.no_grad()
     def __call__(self, pick: np.ndarray) -> torch.Tensor:
         vlm = self.passes.vlm
         if self.kind == "weights":
             return vlm.head(torch.cat(self._states(pick))).float().log_softmax(-1)
+        new: dict[int, torch.Tensor] = {}
         for block in blocks(pick, len(self.passes.features), self.kept.__contains__):
             states = self._states(block)
-            self.kept |= {int(i): vlm.head(h) if self.kind == "logits" else h for i, h in zip(block, states)}
-        found = torch.cat([self.kept[int(i)] for i in pick])
+            new |= {int(i): vlm.head(h) if self.kind == "logits" else h for i, h in zip(block, states)}
+        for i, item in new.items():
+            if i not in self.kept:
+                self.kept.put(i, item)
+        found = torch.cat([new[int(i)] if int(i) in new else self.kept[int(i)] for i in pick])
         return (found if self.kind == "logits" else vlm.head(found)).float().log_softmax(-1)
 
     def _states(self, pick: np.ndarray) -> list[torch.Tensor]:

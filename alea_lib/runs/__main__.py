@@ -1,4 +1,4 @@
-"""python -m alea_lib.runs study | execute | collect | publish | book | pdf | guard | colab"""
+"""python -m alea_lib.runs plan | study | execute | collect | publish | book | pdf | guard | colab"""
 
 import argparse
 import os
@@ -35,9 +35,10 @@ def parser() -> argparse.ArgumentParser:
     book = commands.add_parser("book", help="build the book from finished stages")
     publish = commands.add_parser("publish", help="copy the joined tables to data/results, to be committed")
     pdf = commands.add_parser("pdf", help="the book as one PDF, printed by Chromium")
+    ahead = commands.add_parser("plan", help="say what a study would do and need, and start nothing")
     for sub in (study, publish):
         sub.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone, all variants")
-    for sub in (study, one, collect, book, pdf, publish):
+    for sub in (ahead, study, one, collect, book, pdf, publish):
         sub.add_argument("--profile", default="scenes")
     guard = commands.add_parser("guard", help="refuse notebooks that were not executed to their end")
     guard.add_argument("notebooks", nargs="+", type=Path)
@@ -63,6 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def act(args: argparse.Namespace) -> int:
     """One command; each imports only what it needs."""
+    if args.command == "plan":
+        from alea_lib.runs.preview import preview, text
+
+        found = preview(args.profile)
+        print(text(found))
+        return 0 if all(check.ok for check in found.checks) else 1
     if args.command == "study":
         from alea_lib.runs.study import study
 

@@ -39,11 +39,14 @@ def check_parameters(notebook: Path, profile: str, variant: str, given: dict) ->
 
 def execute(notebook: str, profile: str, variant: str = "", given: dict | None = None, bar: bool = False) -> Path:
     """Execute notebooks/<notebook>.ipynb into its run's folder; the finished copy, or RunError."""
+    from alea_lib.runs.preview import require
+
     given = given or {}
     source = places.root() / "notebooks" / f"{Path(notebook).stem}.ipynb"
     names = parameters(source) if source.exists() else {}
     variant = variant or str(given.get("VARIANT") or names.get("VARIANT") or "")
     check_parameters(source, profile, variant, given)
+    require(profile)
     folder = places.run_dir(profile, source.stem, variant)
     folder.mkdir(parents=True, exist_ok=True)
     partial, failed, final = (folder / f"notebook{kind}.ipynb" for kind in (".partial", ".failed", ""))

@@ -22,7 +22,8 @@ class ModelRow:
 
     Largest batches that the card takes: images that are seen at once (``see``), answers written (``write``), answers
     read without gradient (``read``), items of one backward pass (``train``: a larger batch goes through in pieces,
-    with the gradient of the whole). ``cache``: image features are kept on disk, in data/runs/features.
+    with the gradient of the whole). ``keep_gib``: how much of what an edit reads once stays on the card, the rest goes
+    to disk; 0 sets no limit. ``cache``: image features are kept on disk, in data/runs/features.
     """
 
     key: str
@@ -35,6 +36,7 @@ class ModelRow:
     write: int = 100
     read: int = 50
     train: int = 0
+    keep_gib: float = 0.0
     cache: bool = False
 
 

@@ -79,7 +79,11 @@ def refresh(profile: str) -> None:
 
 def study(profile: str, jobs: int, target: str = "all", only: tuple[str, ...] = ()) -> int:
     """Run what is missing of a profile and build the book (``only``: these stages and what they read, no book);
-    returns Snakemake's exit status."""
+    returns Snakemake's exit status. RunError, before anything starts, when the profile's needs are not met (see
+    ``preview.require``)."""
+    from alea_lib.runs.preview import require
+
+    require(profile)
     root = places.root()
     wanted = [f"data/runs/{profile}/{job.label}/run.json" for job in places.plan(profile) if job.stage in only]
     if only and not wanted:
