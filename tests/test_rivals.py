@@ -22,7 +22,7 @@ class NoSettings:
 
 @contextmanager
 def only_word(s, vlm, batch, embeds, mask):
-    wanted = vlm.tokenizer(s.word, add_special_tokens=False)["input_ids"][0]
+    wanted = vlm.tokenizer(f" {s.word}", add_special_tokens=False)["input_ids"][0]
 
     def forced(ids, scores):
         return scores.index_fill(1, torch.tensor([wanted]), 1e4)
