@@ -15,8 +15,8 @@ from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.adhh import AdhhSettings, adhh, find_heads
 from alea_lib.rivals.columns import Columns
 from alea_lib.rivals.pai import PaiSettings, guided, pai, raised
-from alea_lib.rivals.second import SecondStream, without_images
 from alea_lib.rivals.spin import SpinSettings, head_scales, spin
+from alea_lib.rivals.stream import Stream, without_image
 from alea_lib.rivals.vhr import VhrSettings, chosen_heads, turned_up, vhr, vision_aware
 from alea_lib.taps import read_attention, read_heads, replaced_heads
 
@@ -198,27 +198,10 @@ def projected(vlm, batch, layer, part):
 
 
 @torch.no_grad()
-def test_the_second_stream_is_the_prompt_without_its_image(tiny, seen):
-    """Against a prompt that never had one, whole and token by token."""
-    batch = tiny.encode(seen[:3], QUESTIONS, side="left")
-    stream = without_images(tiny, batch, tiny.embed(batch), batch.mask)
-    new = torch.tensor([[7, 9], [8, 8], [9, 7]])
-    steps = [stream(new[:, :n]) for n in range(3)]
-    for i, question in enumerate(QUESTIONS):
-        ids = [t for t in tiny.encode(seen[i : i + 1], question).ids[0].tolist() if t != tiny.image_id]
-        for n in range(3):
-            whole = torch.tensor([ids + new[i, :n].tolist()])
-            h = tiny.hidden(tiny.model.get_input_embeddings()(whole), torch.ones_like(whole), batch)
-            torch.testing.assert_close(steps[n][i], tiny.head(h)[0, -1], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="one beam"):
-        SecondStream(tiny, batch, tiny.embed(batch), batch.mask)(batch.ids[:2, :0])
-
-
-@torch.no_grad()
 def test_guidance_of_the_first_token(tiny, left):
     """With attention as it is, scores are those of the two prompts, put together by the formula."""
     own = tiny.head(tiny.hidden(tiny.embed(left), left.mask, left)[:, -1])
-    blind = without_images(tiny, left, tiny.embed(left), left.mask)(left.ids[:, :0])
+    blind = Stream(tiny, *without_image(tiny, left, tiny.embed(left), left.mask))(left.ids[:, :0])
     got = first_logits(tiny, left, partial(pai, PaiSettings(alpha=0.0, gamma=1.5)))
     torch.testing.assert_close(got, guided(own, blind, 1.5, 0.1), atol=1e-4, rtol=1e-4)
     # the stream without image is read with its attention as it is
@@ -226,7 +209,7 @@ def test_guidance_of_the_first_token(tiny, left):
     alone = first_logits(tiny, left, partial(pai, PaiSettings(alpha=1.0, gamma=1.0, first=0)))
     torch.testing.assert_close(both, guided(alone, blind, 1.5, 0.1), atol=1e-4, rtol=1e-4)
     with pytest.raises(ValueError, match="beta"):
-        first_logits(tiny, left, partial(pai, PaiSettings(beta=0.0)))
+        first_logits(tiny, left, partial(pai, PaiSettings(beta=2.0)))
 
 
 # ---- SPIN

@@ -34,7 +34,7 @@ class AdhhSettings:
     top: int = 20
     threshold: float = 0.4
     off: str = "head"
-    n_pairs: int = 100
+    n_pairs: int = 40
     heads: tuple[tuple[int, int], ...] = ()
 
 
