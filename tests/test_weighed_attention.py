@@ -78,11 +78,13 @@ def doubled(vlm, batch):
     return weigh
 
 
+@pytest.mark.parametrize("padded", [True, False])  # without padding no mask is built
 @torch.no_grad()
-def test_a_cached_step_equals_a_whole_pass(tiny, left):
+def test_a_cached_step_equals_a_whole_pass(tiny, left, seen, padded):
     """The newest position alone is weighed, whether those before it come from a cache or from the same pass."""
     from transformers import DynamicCache
 
+    left = left if padded else tiny.encode(seen[:2], tiny.prompt("plain"), side="left")
     cache, embeds, mask = DynamicCache(), tiny.embed(left), left.mask
     tiny.hidden(embeds[:, :-1], mask[:, :-1], left, cache)
     with weighed_attention(tiny, doubled(tiny, left)):

@@ -34,7 +34,7 @@ class AdhhSettings:
     top: int = 20
     threshold: float = 0.4
     off: str = "head"
-    n_pairs: int = 100
+    n_pairs: int = 40
     heads: tuple[tuple[int, int], ...] = ()
 
 
@@ -79,7 +79,7 @@ def adhh(s: AdhhSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
         yield {}
 
 
-GRID = tuple({"top": n, "threshold": t} for n, t in ((20, 0.4), (50, 0.4), (100, 0.4), (100, 0.6), (200, 0.4)))
+GRID = ({}, {"top": 50}, {"top": 100}, {"top": 50, "off": "text"})
 register(
     Rival("adhh", "decoding", adhh, AdhhSettings(), GRID, "hallucination heads are off while they look at the text",
           "AD-HH: Yang et al. 2025 (ICLR), official code", learn=learn_heads)

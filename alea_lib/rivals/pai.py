@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from math import log
 
 import torch
 
@@ -18,7 +17,7 @@ from ..vlm import VLM, Batch
 from .columns import Columns
 from .registry import Rival, register
 from .scale import at_depth
-from .second import without_images
+from .stream import Stream, plausible, without_image
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,15 @@ def guided(scores: torch.Tensor, blind: torch.Tensor, gamma: float, beta: float)
     """Scores [B,V] and those of the stream without image -> log p + (gamma - 1)(log p - log p without image), -inf for
     tokens with p < beta max p."""
     seen, unseen = scores.float().log_softmax(-1), blind.float().log_softmax(-1)
-    kept = seen >= seen.max(-1, keepdim=True).values + log(beta)
-    return torch.where(kept, gamma * (seen - unseen) + unseen, float("-inf"))
+    return torch.where(plausible(scores, beta), gamma * (seen - unseen) + unseen, -torch.inf)
 
 
 @contextmanager
 def pai(s: PaiSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
     """Decoding under these settings."""
-    if not 0 < s.beta <= 1:
-        raise ValueError(f"beta is {s.beta}, a share above 0 and at most 1")
-    columns, second = Columns(vlm, batch), without_images(vlm, batch, embeds, mask)
+    if not 0 <= s.beta <= 1:
+        raise ValueError(f"beta is {s.beta}, a share between 0 and 1")
+    columns, second = Columns(vlm, batch), Stream(vlm, *without_image(vlm, batch, embeds, mask))
     blind = False  # while the second stream is read, attention stays as it is
 
     def weigh(layer: int, scores: torch.Tensor) -> torch.Tensor | None:
