@@ -235,8 +235,6 @@ def test_wrong_words_are_marked_by_sign_line_and_text(explorer, data):
     assert wrong.count() == 1 and "toaster" in wrong.text_content()
     assert "✗" in wrong.text_content() and "not in the picture" in wrong.text_content()
     assert wrong.evaluate("e => getComputedStyle(e).textDecorationStyle") == "wavy"
-        "e => getComputedStyle(e).textDecorationLine + getComputedStyle(e).textDecorationStyle"
-    )
     assert caption.locator(".right").count() == len(image["objects"])
     image = next(i for i in data["images"] if "better" in i["groups"]["edit"])
     page = explorer(f"#image={image['id']}")
