@@ -100,6 +100,7 @@ _EXPORTS = {
     "preset": "edit.settings",
     "fit_edit": "edit.fit",
     "applied": "edit.delta",
+    "scaled": "edit.delta",
     "save_delta": "edit.delta",
     "load_delta": "edit.delta",
     "control_layers": "edit.settings",
@@ -138,6 +139,9 @@ _EXPORTS = {
     "ExplorerSettings": "explorer",
     "choose_images": "explorer",
     "write_explorer": "explorer",
+    "look": "widgets",
+    "live": "widgets",
+    "LookSettings": "widgets",
     "figures": "figures",
 }
 
