@@ -136,6 +136,7 @@ _EXPORTS = {
     "frontier_points": "verdicts",
     "patch_maps": "probe.patches",
     "PatchSettings": "probe.patches",
+    "pointing": "measures.pointing",
     "ExplorerSettings": "explorer",
     "choose_images": "explorer",
     "write_explorer": "explorer",
