@@ -20,11 +20,12 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: help install study test model implants card book run publish clean
+.PHONY: help install study test check-book model implants card book run publish clean
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
 	@echo "make test                the tests"
+	@echo "make check-book          look at the built book in a headless Chromium, if there is one"
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
 	@echo "make book                the book again, from finished runs"
 	@echo "make model SEED=0        train the small models (long)"
@@ -63,6 +64,9 @@ publish: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest tests
+
+check-book: $(STAMP)
+	@$(PY) -m pytest -q tests/test_browser.py
 
 model: $(STAMP)
 	$(PY) -m alea_lib.zoo --seed $(SEED)
