@@ -105,6 +105,7 @@ _EXPORTS = {
     "preset": "edit.settings",
     "fit_edit": "edit.fit",
     "applied": "edit.delta",
+    "scaled": "edit.delta",
     "save_delta": "edit.delta",
     "load_delta": "edit.delta",
     "control_layers": "edit.settings",
@@ -172,9 +173,13 @@ _EXPORTS = {
     "summary": "firstpage",
     "patch_maps": "probe.patches",
     "PatchSettings": "probe.patches",
+    "pointing": "measures.pointing",
     "ExplorerSettings": "explorer",
     "choose_images": "explorer",
     "write_explorer": "explorer",
+    "look": "widgets",
+    "live": "widgets",
+    "LookSettings": "widgets",
     "figures": "figures",
 }
 

@@ -28,6 +28,8 @@ BUILT = ROOT / "_build" / "html"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PHONE = {"width": 390, "height": 844}
 GRAVE = ("serious", "critical")
+# sphinx-thebe writes its settings, which nothing here uses, twice into each page
+OF_THE_THEME = ("Identifier 'THEBE_JS_URL' has already been declared",)
 
 pytestmark = [
     pytest.mark.slow,
@@ -114,8 +116,9 @@ def visits(browser, serve, book):
     """Page -> what a visit found: errors, broken pictures, width at 390 pixels, grave faults of accessibility."""
     address = serve(book)
     # search.html answers a question and genindex.html is empty: the theme's own, none of ours
-    names = [p.relative_to(book).as_posix() for p in sorted(book.rglob("*.html")) if "_static" not in p.parts]
-    return {name: visit(browser, address, name) for name in names if name not in ("search.html", "genindex.html")}
+    own = [p for p in sorted(book.rglob("*.html")) if p.name not in ("search.html", "genindex.html")]
+    pages = [p for p in own if "_static" not in p.parts and 'http-equiv="Refresh"' not in read(p)]
+    return {name: visit(browser, address, name) for name in (p.relative_to(book).as_posix() for p in pages)}
 
 
 def visit(browser, address: str, name: str) -> dict:
@@ -123,7 +126,7 @@ def visit(browser, address: str, name: str) -> dict:
     page, errors = context.new_page(), []
     host = urlsplit(address).netloc
     page.route(lambda url: urlsplit(url).netloc not in (host, ""), lambda route: route.abort())
-    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("pageerror", lambda error: errors.append(error.message) if error.message not in OF_THE_THEME else None)
     page.on("console", lambda told: errors.append(told.text) if grave(told, host) else None)
     page.goto(f"{address}/{name}", wait_until="load")
     pictures = page.evaluate(
@@ -135,11 +138,12 @@ def visit(browser, address: str, name: str) -> dict:
         }"""
     )
     width = page.evaluate("document.documentElement.scrollWidth")
+    own = list(errors)  # axe looks for style sheets of its own accord, and where there are none
     found = axe_api.Axe().run(page).response["violations"]
     faults = [(v["id"], n["target"], v["help"]) for v in found if v["impact"] in GRAVE for n in v["nodes"]]
     links = page.eval_on_selector_all("a[href]", "all => all.map((a) => a.href)")
     context.close()
-    return {"errors": errors, "pictures": pictures, "width": width, "faults": faults, "links": links}
+    return {"errors": own, "pictures": pictures, "width": width, "faults": faults, "links": links}
 
 
 def grave(message, host: str) -> bool:
@@ -235,8 +239,6 @@ def test_wrong_words_are_marked_by_sign_line_and_text(explorer, data):
     assert wrong.count() == 1 and "toaster" in wrong.text_content()
     assert "✗" in wrong.text_content() and "not in the picture" in wrong.text_content()
     assert wrong.evaluate("e => getComputedStyle(e).textDecorationStyle") == "wavy"
-        "e => getComputedStyle(e).textDecorationLine + getComputedStyle(e).textDecorationStyle"
-    )
     assert caption.locator(".right").count() == len(image["objects"])
     image = next(i for i in data["images"] if "better" in i["groups"]["edit"])
     page = explorer(f"#image={image['id']}")
@@ -289,7 +291,7 @@ def test_the_keyboard_is_enough(explorer, data):
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     page.wait_for_function("location.hash.includes('word=base.1')")
-    assert page.get_attribute("[data-word='base.1']", "aria-pressed") == "true"
+    assert page.get_attribute("button[data-word='base.1']", "aria-pressed") == "true"
     page.keyboard.press("Escape")
     page.wait_for_function("!location.hash.includes('word')")
     page.keyboard.press("Escape")

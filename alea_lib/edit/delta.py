@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -123,6 +123,24 @@ def _check(vlm: VLM, delta: Delta, name: str) -> None:
             f"{name} of {vlm.key} is not the weight that this delta was computed on "
             f"({delta.info.get('model')}); load that model, undo other edits first"
         )
+
+
+def scaled(delta: Delta, strength: float, names: Iterable[str] | None = None) -> Delta:
+    """A share of an edit: ``strength`` times the difference (0 the base, 1 the edit), of these modules alone if named.
+
+    KeyError for a module that the delta does not change.
+    """
+    names = list(delta.weights) if names is None else list(names)
+    if unknown := sorted(set(names) - set(delta.weights)):
+        raise KeyError(f"this delta does not change {unknown}; it changes {sorted(delta.weights)}")
+    return replace(delta, weights={n: strength * delta.weights[n] for n in names}, factors={})
+
+
+def edited_layers(vlm: VLM, delta: Delta) -> dict[int, list[str]]:
+    """Decoder layer -> names of its modules that a delta changes."""
+    inside = {i: f"{vlm.address('layer', i)}." for i in range(vlm.n_layers)}
+    found = {i: [name for name in delta.weights if name.startswith(start)] for i, start in inside.items()}
+    return {i: names for i, names in found.items() if names}
 
 
 def save_delta(delta: Delta, path: Path) -> None:

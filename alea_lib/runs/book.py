@@ -147,11 +147,11 @@ def call_jupyter_book(builder: str, first: Path) -> None:
 
 def add_explorer(profile: str, html: Path) -> None:
     """Lay the caption explorer beside the pages, from the run that wrote its data, if the profile has one."""
-    from alea_lib.explorer import publish
-
     for job in places.plan(profile):
         folder = places.run_dir(profile, job.stage, job.variant)
         if (folder / "explorer.json").exists():
+            from alea_lib.explorer import publish
+
             publish(folder, places.root() / "book" / "explorer", html / "explorer")
 
 

@@ -15,6 +15,8 @@ from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import PACKAGE, parameters
 from alea_lib.runs.places import RunError
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def check_parameters(notebook: Path, profile: str, variant: str, given: dict) -> None:
     """Refuse names that the notebook's parameters cell does not have: papermill would only log a warning."""
@@ -60,6 +62,7 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
         with heartbeat(label, partial):
             _papermill(source, partial, values, bar)
         hide_injected(partial)
+        drop_widgets(partial)
         guard(partial)
         if not (folder / "run.json").exists() or (folder / "run.json").stat().st_mtime < started - 1:
             raise RunError("the notebook ended without calling run.finish(...)")
@@ -184,4 +187,14 @@ def hide_injected(path: Path) -> None:
         tags = cell["metadata"].get("tags", [])
         if "injected-parameters" in tags and "remove-cell" not in tags:
             cell["metadata"]["tags"] = [*tags, "remove-cell"]
+    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def drop_widgets(path: Path) -> None:
+    """Take live controls out of a finished notebook: without a kernel they would be an empty box."""
+    book = json.loads(path.read_text(encoding="utf-8"))
+    book["metadata"].pop("widgets", None)
+    for cell in book["cells"]:
+        if "outputs" in cell:
+            cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
     path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
