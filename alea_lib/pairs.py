@@ -23,7 +23,7 @@ class ActivateSettings:
 
     negative_prompt: str = "speculative"
     positive_prompt: str = "careful"
-    label_source: str = "detector"  # or "truth": who says what is really there
+    label_source: str = "detector"  # or "truth", "import": who says what is really there
     max_new_tokens: int = 64
     family: str = "singularise"
 

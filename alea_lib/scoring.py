@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -42,25 +42,56 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Benchmarks:
-    """Questions about the images of a split: ``pope`` of all settings with ids made unique, ``mme``, and ``amber``."""
+    """Questions about the images of a split: ``pope`` of all settings with ids made unique, ``mme``, and ``amber``.
 
-    pope: pd.DataFrame
-    mme: pd.DataFrame
-    amber: Amber
+    None where the world has none about these images; ``lacking`` says why, by benchmark."""
+
+    pope: pd.DataFrame | None = None
+    mme: pd.DataFrame | None = None
+    amber: Amber | None = None
+    lacking: dict[str, str] = field(default_factory=dict)
 
     def questions(self) -> dict[str, pd.DataFrame]:
-        """Benchmark -> its yes/no questions, all in POPE's columns."""
-        return {"pope": self.pope, "mme": self.mme, "amber": self.amber.questions()}
+        """Benchmark -> its yes/no questions, all in POPE's columns; those alone that there are."""
+        found = {"pope": self.pope, "mme": self.mme, "amber": self.amber.questions() if self.amber else None}
+        return {name: table for name, table in found.items() if table is not None}
 
 
 def read_benchmarks(world: World, image_ids: list[int]) -> Benchmarks:
-    """The question sets of a world, as far as they are about these images."""
+    """The question sets of a world, as far as they are about these images; those that it lacks are named."""
+    found, lacking = {}, {}
+    for name, read in {"pope": _read_pope, "mme": _read_mme, "amber": _read_amber}.items():
+        if not world.has(name):
+            lacking[name] = f"the world {world.info['name']} has no {name.upper()} questions"
+            continue
+        table, n = read(world, image_ids)
+        if n:
+            found[name] = table
+        else:
+            lacking[name] = f"no {name.upper()} question is about the images that were looked at"
+    return Benchmarks(**found, lacking=lacking)
+
+
+def _read_pope(world: World, image_ids: list[int]) -> tuple[pd.DataFrame, int]:
     asked = {s: read_pope(world.pope(s)) for s in SETTINGS}
     parts = [q.assign(setting=s, question_id=s + q["question_id"].astype(str)) for s, q in asked.items()]
+    own = _about(pd.concat(parts, ignore_index=True), image_ids)[QUESTION]
+    return own, len(own)
+
+
+def _read_mme(world: World, image_ids: list[int]) -> tuple[pd.DataFrame, int]:
+    own = _about(read_mme(world.mme()), image_ids)
+    return own, len(own)
+
+
+def _read_amber(world: World, image_ids: list[int]) -> tuple[Amber, int]:
     whole = read_amber(world.amber())
-    tables = (pd.concat(parts, ignore_index=True), read_mme(world.mme()), whole.queries)
-    own = [t[t["image_id"].isin(image_ids)].reset_index(drop=True) for t in tables]
-    return Benchmarks(own[0][QUESTION], own[1], replace(whole, queries=own[2]))
+    own = replace(whole, queries=_about(whole.queries, image_ids))
+    return own, len(own.queries)
+
+
+def _about(table: pd.DataFrame, image_ids: list[int]) -> pd.DataFrame:
+    return table[table["image_id"].isin(image_ids)].reset_index(drop=True)
 
 
 def evaluate(
@@ -80,14 +111,16 @@ def evaluate(
     ``decoding``: how it writes (see ``VLM.generate``); teacher-forced measures are then absent, with a note.
     """
     features = vlm.features(split.files)
-    asked = pd.concat([q.assign(benchmark=b) for b, q in benchmarks.questions().items()], ignore_index=True)
+    asked = [q.assign(benchmark=b) for b, q in benchmarks.questions().items()]
+    asked = pd.concat(asked, ignore_index=True) if asked else pd.DataFrame(columns=["benchmark", *QUESTION])
     with applied(vlm, delta):
         told = captions(vlm, split, features, prompt, max_new_tokens, decoding=decoding)
         said = yes_no_answers(vlm, split, features, asked, name="questions", decoding=decoding)
     parts = [_caption_items(told, truth, max_new_tokens), *_question_items(said, told, benchmarks)]
     if decoding is None:
         parts += _forced_items(vlm, split, features, told, truth, delta, prompt, n_grounding)
-    notes = [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
+    notes = [(f"{name}_*", why) for name, why in benchmarks.lacking.items()]
+    notes += [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
     if decoding is not None:
         why = "the method changes how an answer is written; the model that reads a given answer is not changed"
         notes += [(m, why) for m in FORCED]
@@ -109,16 +142,19 @@ def _forced_items(vlm, split: Split, features, told, truth: Truth, delta, prompt
 
 
 def _question_items(said: pd.DataFrame, told: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
-    """Items of the three benchmarks; AMBER's descriptions are the captions of its images."""
+    """Items of the benchmarks that there are; AMBER's descriptions are the captions of its images."""
     keys = ["setting", "question_id", "answer"]
     answers = {b: said.loc[said["benchmark"] == b, keys] for b in benchmarks.questions()}
-    found = pope(answers["pope"], benchmarks.pope)
-    by_setting = {"all": found.items, **found.by_setting}
-    return [
-        *(items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()),
-        mme(answers["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"),
-        _amber_items(told, answers["amber"], benchmarks.amber),
-    ]
+    parts = []
+    if "pope" in answers:
+        found = pope(answers["pope"], benchmarks.pope)
+        by_setting = {"all": found.items, **found.by_setting}
+        parts += [items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()]
+    if "mme" in answers:
+        parts.append(mme(answers["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"))
+    if "amber" in answers:
+        parts.append(_amber_items(told, answers["amber"], benchmarks.amber))
+    return parts
 
 
 def _amber_items(told: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:

@@ -50,7 +50,7 @@ PAIR_COLUMNS = (
     "image_id", "image", "positive", "negative", "wrong", "label_source", "prompt_negative",
     "prompt_positive",
 )  # fmt: skip
-LABEL_SOURCES = ("truth", "detector")
+LABEL_SOURCES = ("truth", "detector", "import")
 
 
 class DataError(ValueError):

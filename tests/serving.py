@@ -117,7 +117,7 @@ def questions(setting: str, n: int) -> bytes:
     return "".join(lines).encode()
 
 
-def write_catalogue(folder, files: dict[str, bytes]):
+def write_catalogue(folder, files: dict[str, bytes], activate: int = 8):
     """A catalogue of the tiny set beside its sizes of splits; returns its path."""
     archive = files["/annotations/annotations_trainval2014.zip"]
     pope = {
@@ -141,7 +141,7 @@ def write_catalogue(folder, files: dict[str, bytes]):
         "splits": "splits.json",
     }
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {"chair500": 6, "validate": 4, "activate": 8}
+    sizes = {"chair500": 6, "validate": 4, "activate": activate}
     (folder / "splits.json").write_text(json.dumps({"rule": "by sum", "seed": 0, "sizes": sizes}))
     (folder / "coco.yaml").write_text(yaml.safe_dump(catalogue))
     return folder / "coco.yaml"

@@ -54,7 +54,7 @@ def yes_no_answers(
     row = {f.name: i for i, f in enumerate(split.files)}
     if missing := sorted(set(asked["image"]) - set(row))[:3]:
         raise ValueError(f"{name} asks about images that split {split.name!r} lacks: {missing}")
-    where = torch.tensor([row[image] for image in asked["image"]])
+    where = torch.tensor([row[image] for image in asked["image"]], dtype=torch.long)
     texts = [vlm.row.short(q) for q in asked["text"]]
     options = {"max_new_tokens": 4, "batch_size": batch_size, "progress": name, "decoding": decoding}
     found = vlm.generate(features[where], texts, **options)

@@ -26,6 +26,7 @@ from ..measures.amber_make import make_amber, write_amber
 from ..measures.mme_make import Wording, make_mme, write_mme
 from ..measures.pope_make import SETTINGS, make_pope
 from ..measures.truth import read_truth
+from ..runs.places import root
 from ..tables import write_jsonl
 from .describe import caption, colour_question, count_question, existence_question, references, side_question
 from .lexicon import load_lexicon
@@ -168,15 +169,29 @@ class World:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        if not (self.folder / "world.json").is_file():
+        if at := self.info.get("at"):  # a run's folder of a world that lies elsewhere (see worlds.prepare)
+            self.folder = root() / at
+            del self.info
+
+    @cached_property
+    def info(self) -> dict:
+        """The content of world.json."""
+        path = self.folder / "world.json"
+        if not path.is_file():
             raise FileNotFoundError(
                 f"{self.folder} is no world: world.json is missing; make it with 'make run NB=01_world', or the coco"
                 " world with 'python -m alea_lib.worlds fetch coco'"
             )
+        return json.loads(path.read_text())
 
-    @cached_property
-    def info(self) -> dict:
-        return json.loads((self.folder / "world.json").read_text())
+    @property
+    def planted(self) -> bool:
+        """Whether the pictures were composed here, with a prior planted in captions for training."""
+        return (self.folder / "training").is_dir()
+
+    def has(self, benchmark: str) -> bool:
+        """Whether the world has the questions of ``pope``, ``mme`` or ``amber``."""
+        return (self.folder / benchmark).is_dir()
 
     def split(self, name: str) -> Split:
         """A split by name. Raises ValueError naming the splits there are."""
@@ -213,6 +228,6 @@ class World:
         return self._benchmark("amber")
 
     def _benchmark(self, name: str) -> Path:
-        if not (self.folder / name).is_dir():
+        if not self.has(name):
             raise ValueError(f"world {self.info['name']!r} has no folder {name!r}; make the world again to write it")
         return self.folder / name

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..layout import opened
 from ..runs import root
 from ..worlds.scenes import objects
 from .text import pixels
@@ -23,10 +24,10 @@ class Detector:
 
     @torch.no_grad()
     def scores(self, images: list, batch_size: int = 200) -> np.ndarray:
-        """Largest patch probability of each category, float [N, len(objects())]; images are uint8 arrays or PIL."""
+        """Largest patch probability of each category, float [N, len(objects())]; images: files, uint8 arrays or PIL."""
         out = []
         for start in range(0, len(images), batch_size):
-            x = pixels(np.stack([np.asarray(i) for i in images[start : start + batch_size]]))
+            x = pixels(np.stack([np.asarray(opened(i, 0)) for i in images[start : start + batch_size]]))
             out.append(self.tower(x)[1].softmax(-1)[..., 1:].amax(1).numpy())
         return np.concatenate(out)
 
