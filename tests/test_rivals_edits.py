@@ -108,8 +108,8 @@ def test_a_nullu_edit_is_kept_as_factors(tiny, seen, pairs, bits, tmp_path):
 
 
 def test_preference_loss_by_hand():
-    change = torch.tensor([[1.0, -2.0], [-3.0, 2.0]])  # margins 4 and -4
-    want = (np.log1p(np.exp(-0.4)) + np.log1p(np.exp(0.4))) / 2
+    change = torch.tensor([[1.0, -2.0], [-3.0, 1.0]])  # margins 4 and -3
+    want = (np.log1p(np.exp(-0.4)) + np.log1p(np.exp(0.3))) / 2
     assert preference_loss(change, 0.1).item() == pytest.approx(want, rel=1e-6)
     assert preference_loss(change * 0, 0.1).item() == pytest.approx(np.log(2), rel=1e-6)
 

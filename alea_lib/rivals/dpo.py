@@ -115,7 +115,7 @@ def _reference(passes: Passes, made: Trained, prompt: str, pick: np.ndarray, kep
     return torch.tensor([[kept[side, int(i)] for i in pick] for side in SIDES], device=passes.vlm.device)
 
 
-GRID = ({}, {"lr": 3e-5}, {"lr": 3e-4}, {"modules": "decoder", "rank": 8})
+GRID = ({}, {"lr": 3e-5}, {"modules": "decoder", "rank": 8})
 register(
     Rival("dpo", "delta", fit_dpo, DpoSettings(), GRID, "preference of the grounded over the hallucinated answers",
           "DPO: Rafailov et al. 2023 (NeurIPS); beta 0.1")
