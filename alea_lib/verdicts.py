@@ -245,6 +245,7 @@ def side_by_side(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | 
 def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
     """The rows of these measures of the studied model, plain prompt, whole captions; see :func:`side_by_side`."""
     rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
+    rows = rows[rows["method"].isin(METHOD_ORDER)]  # rivals are measured on fewer pictures, on a page of their own
     rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT) & rows["condition"].eq("clean")]
     overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
     return rows[overall if setting is None else rows["setting"].eq(setting)]
