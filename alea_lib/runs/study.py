@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from alea_lib.runs import places, rows
+from alea_lib.runs.checks import require
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.imports import parameters
 from alea_lib.runs.places import Job, RunError
@@ -76,9 +77,7 @@ def refresh(profile: str) -> None:
 
 def study(profile: str, jobs: int, target: str = "all") -> int:
     """Run what is missing of a profile and build the book; returns Snakemake's exit status. RunError, before anything
-    starts, when the profile's needs are not met (see ``preview.require``)."""
-    from alea_lib.runs.preview import require
-
+    starts, when the profile's needs are not met (see ``checks.require``)."""
     require(profile)
     root = places.root()
     clear_stale_lock(root)
