@@ -50,6 +50,10 @@ def build(profile: str) -> Path:
     for name, folder in zip(shown, folders, strict=True):
         copy_page(folder / "notebook.ipynb", root / "book" / f"{name}.ipynb")
     write_status(profile, finished(profile, places.plan(profile)))
+    if (root / "book" / "budget.md").exists():
+        from alea_lib.budget_page import markdown
+
+        (root / "book" / "generated" / "budget.md").write_text(markdown(), encoding="utf-8")
     for text in [path for folder in folders for path in sorted(folder.glob("*.md"))]:
         shutil.copyfile(text, root / "book" / "generated" / text.name)  # sentences with numbers, written by chapters
     index = root / "_build" / "html" / "index.html"
