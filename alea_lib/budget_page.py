@@ -1,4 +1,4 @@
-"""The tables of the page on budgets: computed from data/shapes, with measured figures beside them where there are any."""
+"""The tables of the page on budgets: computed from data/shapes; measured figures stand below where there are any."""
 
 from __future__ import annotations
 
