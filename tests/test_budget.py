@@ -220,3 +220,26 @@ def test_time_grows_with_the_work():
     assert workload.stage_seconds("06_measure", "base", params, faster) < one
     assert workload.stage_seconds("06_measure", "truncation", params, faster) == workload.LIGHT
     assert workload.stage_seconds("99_new", "", {}, faster) is None
+
+
+# ---- the page
+
+
+def test_the_page_is_made_of_what_is_computed(monkeypatch, tmp_path):
+    from alea_lib import budget_page
+
+    told = budget_page.markdown()
+    assert "| all parameters (million) | 7,063.4 |" in told and "| NF4, scales quantised again (GiB) | 4.21 |" in told
+    assert "nan" not in told and "generated/budget.md" in (root() / "book" / "budget.md").read_text()
+    assert budget_page.measured(tmp_path) is None
+    (tmp_path / "h100").mkdir()
+    (tmp_path / "h100" / "costs.csv").write_text("what,peak_gib\nedit,9.5\n")
+    assert budget_page.measured(tmp_path).values.tolist() == [["edit", 9.5, "h100"]]
+
+
+def test_the_pages_peaks_fit_the_cards_they_name():
+    from alea_lib import budget_page
+
+    table = budget_page.peak_table()
+    for room, name in ((14.5, "16 GB"), (22, "24 GB")):
+        assert table[table[""].str.startswith(name)]["7B"].astype(float).max() < room

@@ -253,8 +253,8 @@ def test_references_of_the_kl_agree(tiny, seen, told, kind):
     for pick in ([4], [5, 0, 2], [0, 1, 2, 3, 4, 5]):
         torch.testing.assert_close(reference(np.array(pick)), torch.cat([want[i] for i in pick]), atol=1e-4, rtol=1e-4)
     width = {"states": 64, "logits": tiny.head.out_features}
-    near = [t.shape[1] for t in reference.kept.near.values()]
-    assert near == [width[kind]] * 6 if kind in width else not len(reference.kept)
+    found = [t.shape[1] for t in reference.kept.near.values()]
+    assert found == ([width[kind]] * 6 if kind in width else [])
 
 
 def test_gradients_are_reset_each_step(tiny, seen, told, prefix):

@@ -155,20 +155,26 @@ class _Run:
         row = {"step": step, "prefixed": prefixed, "nll": 0.0, "kl": 0.0, "unlikelihood": 0.0, "held_out": float("nan")}
         for piece in self.vlm.limits.pieces(self.items[pick]):
             for name, term in self.terms(piece, number, step):
-                share = self.share("negative" if name == "unlikelihood" else "positive", piece, self.items[pick])
+                share = self.share(name, piece, self.items[pick])
                 (self.scale * getattr(s, name) * share * term).backward()
                 row[name] += share * term.item()
         self.optimiser.step()
         self.trained.limit(s.norm)
         return row
 
-    def share(self, key: str, piece: np.ndarray, whole: np.ndarray) -> float:
-        """Share of a batch's answer tokens that lie in a piece of it: each term is a mean over tokens."""
+    def share(self, name: str, piece: np.ndarray, whole: np.ndarray) -> float:
+        """Share of a batch's tokens that lie in a piece of it: each term is a mean over the tokens that it counts."""
         if len(piece) == len(whole):
             return 1.0
-        s, texts = self.settings, self.texts[key]
-        n, total = (sum(self.vlm.answer_length(texts[int(i)], s.eos, s.bos) for i in part) for part in (piece, whole))
-        return n / total
+        n, total = (self.count(name, part) for part in (piece, whole))
+        return n / max(1, total)
+
+    def count(self, name: str, pick: np.ndarray) -> int:
+        """How many tokens of these items a term counts."""
+        if name == "unlikelihood":
+            return int(self.unsaid(pick).sum())
+        s = self.settings
+        return sum(self.vlm.answer_length(self.texts["positive"][int(i)], s.eos, s.bos) for i in pick)
 
     def terms(self, pick: np.ndarray, number: int, step: int = 0):
         """The terms of the loss one by one, so that only one graph is alive at a time. ``number``: of the prefix."""

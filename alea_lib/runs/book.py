@@ -83,6 +83,10 @@ def prepare(profile: str) -> None:
             shutil.copyfile(text, generated / text.name)  # sentences with numbers and figures, made by chapters
     write_status(profile, finished(profile, places.plan(profile)))
     (generated / "note.md").write_text(note(profile), encoding="utf-8")
+    if (root / "book" / "budget.md").exists():
+        from alea_lib.budget_page import markdown
+
+        (generated / "budget.md").write_text(markdown(), encoding="utf-8")
     marks = "".join(f"- {guard.published_mark(name)}\n" for name in published())
     (generated / "published.md").write_text(marks, encoding="utf-8")
 

@@ -15,7 +15,6 @@ import psutil
 from alea_lib.runs import places
 from alea_lib.runs.places import RunError
 from alea_lib.runs.rows import DTYPES, ModelRow
-from alea_lib.workload import CARDS
 
 MARGIN = 2.0  # GiB of disk to leave free
 BF16 = 8.0  # compute capability from which a card has bfloat16
@@ -65,11 +64,29 @@ def read_needs(profile: str, asked: dict) -> Needs:
     if unknown := sorted(set(section) - known):
         raise RunError(f"{where} has no entry {', '.join(unknown)}; there are {', '.join(sorted(known))}")
     needs = Needs(**{**section, "parts": tuple(section.get("parts", ())), "stated": True})
-    if needs.card and needs.card not in CARDS:
-        raise RunError(f"{where}: no card {needs.card!r}; there are {', '.join(CARDS)} (alea_lib/workload.py)")
+    _check_card(where, needs.card)
     if needs.dtype not in DTYPES:
         raise RunError(f"{where}: dtype is {needs.dtype!r}, it must be one of {', '.join(DTYPES)}")
     return needs
+
+
+def _check_card(where: str, card: str) -> None:
+    from alea_lib.workload import CARDS
+
+    if card and card not in CARDS:
+        raise RunError(f"{where}: no card {card!r}; there are {', '.join(CARDS)} (alea_lib/workload.py)")
+
+
+def require(profile: str) -> None:
+    """Nothing starts that cannot finish: RunError with every check that fails. A profile without needs has none."""
+    if places.load_profile(profile).get("needs") is None:
+        return
+    from alea_lib.runs.preview import preview
+
+    failed = [c for c in preview(profile).checks if not c.ok]
+    if failed:
+        told = "; ".join(f"{c.what}: {c.found}" for c in failed)
+        raise RunError(f"profile {profile} cannot reach its end here, so nothing was started: {told}")
 
 
 def run_checks(needs: Needs, key: str, row: ModelRow | None, peak_gib: float, left: float) -> list[Check]:

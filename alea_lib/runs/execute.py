@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alea_lib.runs import places
+from alea_lib.runs.checks import require
 from alea_lib.runs.collect import collect
 from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import PACKAGE, parameters
@@ -41,8 +42,6 @@ def check_parameters(notebook: Path, profile: str, variant: str, given: dict) ->
 
 def execute(notebook: str, profile: str, variant: str = "", given: dict | None = None, bar: bool = False) -> Path:
     """Execute notebooks/<notebook>.ipynb into its run's folder; the finished copy, or RunError."""
-    from alea_lib.runs.preview import require
-
     given = given or {}
     source = places.root() / "notebooks" / f"{Path(notebook).stem}.ipynb"
     names = parameters(source) if source.exists() else {}

@@ -233,13 +233,3 @@ def duration(seconds: float) -> str:
 
 def gib(value: float) -> str:
     return "-" if pd.isna(value) else f"{value:.1f} GiB"
-
-
-def require(profile: str) -> None:
-    """Nothing starts that cannot finish: RunError with every check that fails. A profile without needs has none."""
-    if not checks.read_needs(profile, places.load_profile(profile)).stated:
-        return
-    failed = [c for c in preview(profile).checks if not c.ok]
-    if failed:
-        told = "; ".join(f"{c.what}: {c.found}" for c in failed)
-        raise RunError(f"profile {profile} cannot reach its end here, so nothing was started: {told}")

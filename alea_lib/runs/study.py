@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 
 from alea_lib.runs import places, rows
+from alea_lib.runs.checks import require
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.guard import changed
 from alea_lib.runs.imports import parameters, source_hashes
@@ -80,9 +81,7 @@ def refresh(profile: str) -> None:
 def study(profile: str, jobs: int, target: str = "all", only: tuple[str, ...] = ()) -> int:
     """Run what is missing of a profile and build the book (``only``: these stages and what they read, no book);
     returns Snakemake's exit status. RunError, before anything starts, when the profile's needs are not met (see
-    ``preview.require``)."""
-    from alea_lib.runs.preview import require
-
+    ``checks.require``)."""
     require(profile)
     root = places.root()
     wanted = [f"data/runs/{profile}/{job.label}/run.json" for job in places.plan(profile) if job.stage in only]
