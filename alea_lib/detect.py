@@ -16,7 +16,7 @@ from .zoo import detector as small
 
 
 class HubDetector:
-    """An object detector of transformers whose classes are named as in COCO, or a zero-shot one that is asked for them.
+    """An object detector of transformers whose classes are named as in COCO.
 
     An object counts as seen when a box of its class has at least ``threshold`` probability.
     """
@@ -34,9 +34,9 @@ class HubDetector:
         for start in tqdm(range(0, len(images), self.batch_size), desc="detect"):
             shown = [opened(i, 0) for i in images[start : start + self.batch_size]]
             inputs = self.processor(images=shown, return_tensors="pt").to(self.model.device)
-            # the last class of a detector of this kind is "no object"
-            p = self.model(**inputs).logits.softmax(-1)[..., :-1].amax(1)
-            found += [frozenset(self.classes[i] for i in self.classes if row[i] >= self.threshold) for row in p]
+            seen = self.processor.post_process_object_detection(self.model(**inputs), self.threshold)
+            kinds = [{int(i) for i in boxes["labels"]} for boxes in seen]
+            found += [frozenset(self.classes[i] for i in k if i in self.classes) for k in kinds]
         return found
 
 
