@@ -1,4 +1,4 @@
-"""The study of LLaVA-1.5-7B from first download to last table, with a tiny model and tiny files in their place."""
+"""The study of LLaVA-1.5-7B from its first download to its last table, with a tiny model and tiny files instead."""
 
 import json
 import os
