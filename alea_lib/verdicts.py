@@ -112,6 +112,32 @@ def adversary(metrics: pd.DataFrame, method: str, metric: str = "chair_s_diff", 
     return claim, "the method's idea", method, evidence, int(own["n"]), judged, OTHER_WORLD
 
 
+STUDY_CONTROLS = ("truncation", "stop-early", "careful-prompt")
+BETTER = {"frontier_gap": +1, "chair_s_diff": -1, "recall_diff": +1}
+
+
+def rivals_verdict(metrics: pd.DataFrame, method: str = "alea-mixed") -> pd.DataFrame:
+    """The best rival against the method, measure by measure: rival, metric, rival_value, value, judged. Empty without
+    rivals.
+
+    The best is the rival, no control, with the largest ``frontier_gap``. ``judged`` says who is better only where the
+    intervals do not meet, which is stricter than a paired test: the rows are of different numbers of pictures.
+    """
+    others = metrics[(metrics["model"] == studied(metrics)) & (metrics["metric"] == "frontier_gap")]
+    others = others[~others["method"].isin([*METHOD_ORDER, *STUDY_CONTROLS])]
+    columns = ["rival", "metric", "rival_value", "value", "judged"]
+    if others.empty:
+        return pd.DataFrame(columns=columns)
+    best, rows = others.loc[others["value"].idxmax(), "method"], []
+    for metric, sign in BETTER.items():
+        own, other = one(metrics, metric, "chair", method), one(metrics, metric, "chair", best)
+        apart = "not told apart"
+        if own["lo"] > other["hi"] or own["hi"] < other["lo"]:
+            apart = f"{method} better" if (own["value"] - other["value"]) * sign > 0 else f"{best} better"
+        rows.append((best, metric, other["value"], own["value"], apart))
+    return pd.DataFrame(rows, columns=columns)
+
+
 def studied(metrics: pd.DataFrame) -> str:
     """The model that is edited: that of the first row of another method than base (else of the first row)."""
     edited = metrics[metrics["method"] != "base"]
@@ -247,6 +273,7 @@ def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None 
     rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
     rows = rows[rows["method"].isin(METHOD_ORDER)]  # rivals are measured on fewer pictures, on a page of their own
     rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT) & rows["condition"].eq("clean")]
+    rows = rows[rows["method"].isin(METHOD_ORDER)]  # rivals have a page of their own
     overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
     return rows[overall if setting is None else rows["setting"].eq(setting)]
 

@@ -158,8 +158,8 @@ def draw_plane(axis, frontier: pd.DataFrame, points: pd.DataFrame) -> None:
     line = frontier.sort_values("recall")
     axis.plot(line["recall"], line["chair_s"], color="0.35", lw=1.5, zorder=1, label="base, cut to its first sentences")
     axis.fill_between(line["recall"], line["chair_s_lo"], line["chair_s_hi"], color="0.6", alpha=0.3, zorder=0)
-    for _, p in points.iterrows():
-        colour, marker = METHODS.get(p["method"], ("#CC79A7", "v"))
+    for i, p in points.iterrows():
+        colour, marker = METHODS.get(p["method"], (sns.color_palette("colorblind")[i % 10], "v<>dXh"[i % 6]))
         axis.errorbar(
             p["recall"],
             p["chair_s"],
@@ -175,6 +175,20 @@ def draw_plane(axis, frontier: pd.DataFrame, points: pd.DataFrame) -> None:
     axis.set(xlabel="recall of objects", ylabel="CHAIRs: captions with a wrong object")
     axis.set_xlim(left=max(0, points["recall"].min() - 0.25))
     axis.legend(frameon=False, loc="upper left")
+
+
+def cost_plane(table: pd.DataFrame, title: str) -> Figure:
+    """Gap to the frontier (value, lo, hi) against relative cost (relative, lo_cost, hi_cost), one marker a method."""
+    figure, axis = plt.subplots(figsize=(7, 4))
+    for i, row in enumerate(table.to_dict("records")):
+        colour, marker = METHODS.get(row["method"], (sns.color_palette("colorblind")[i % 10], "osD^Pv"[i % 6]))
+        x, y = row["relative"], row["value"]
+        across, up = [[x - row["lo_cost"]], [row["hi_cost"] - x]], [[y - row["lo"]], [row["hi"] - y]]
+        axis.errorbar(x, y, xerr=across, yerr=up, fmt=marker, color=colour, capsize=2, label=row["method"])
+    axis.axhline(0, color="0.4", lw=1, ls="--")
+    axis.set(title=title, xlabel="seconds a token, relative to the base model", ylabel="gap in CHAIRs")
+    axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    return figure
 
 
 def stack(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:

@@ -88,19 +88,6 @@ def spread(heights: np.ndarray, apart: float) -> np.ndarray:
     return placed - (placed.mean() - np.mean(heights))
 
 
-def cost_plane(table: pd.DataFrame, cost: str, quality: str, title: str, xlabel: str, ylabel: str) -> Figure:
-    """Methods as labelled points (columns method, cost, quality): cheap is left, good is up."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
-    axis.scatter(table[cost], table[quality], color="#0072B2", zorder=3)
-    for (_, row), height in zip(table.iterrows(), spread(table[quality].to_numpy(), 0.05 * np.ptp(table[quality]))):
-        line = {"arrowstyle": "-", "lw": 0.5, "color": "0.6", "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
-        label = {"xytext": (10, height), "textcoords": ("offset points", "data"), "va": "center"}
-        axis.annotate(row["method"], (row[cost], row[quality]), fontsize=9, arrowprops=line, **label)
-    axis.axhline(0, color="0.4", lw=1, ls="--")
-    axis.set(title=title, xlabel=xlabel, ylabel=ylabel, xlim=(0, 1.25 * table[cost].max()))
-    return figure
-
-
 def cost_quality(table: pd.DataFrame, cost: str, quality: str, title: str, xlabel: str, ylabel: str) -> Figure:
     """Locators as labelled points (columns locator, target, cost, quality): cheap is left (logarithmic), good is up."""
     figure, axes = plt.subplots(1, table["target"].nunique(), figsize=(10, 4), squeeze=False, sharey=True)

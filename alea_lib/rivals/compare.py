@@ -1,86 +1,63 @@
-"""Rivals and edits side by side: every method beside the base model, and the best rival beside the edits."""
+"""Rivals side by side: differences to the base model and to one method, paired by picture, and what follows."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import pandas as pd
 
 from ..measures.frontier import frontier_gap
 from ..measures.truth import Truth
 from ..scoring import Evaluated
-from ..stats import paired_difference, summarise
+from ..stats import paired_difference
 
-METRICS = ("chair_s", "chair_i", "recall", "words")
-COLUMNS = ["method", "kind", "metric", "against", "value", "lo", "hi", "n"]
-LOST = 0.03  # recall that a method may lose and still count
+MEASURES = ("chair_s", "recall")
+COLUMNS = ["method", "metric", "value", "lo", "hi", "n"]
+CONTROLS = ("truncation", "stop-early", "careful-prompt")
+STUDY = ("alea-mixed", "alea-corrected", "no-prefix")  # the study's own edits are no rivals of themselves
 
 
-def compare_rivals(base: Evaluated, found: dict[str, Evaluated], kinds: dict[str, str], truth: Truth) -> pd.DataFrame:
-    """All methods on the same pictures: their values, and what they change against the base model, paired by picture.
+def rival_differences(found: dict[str, Evaluated], base: Evaluated, truth: Truth) -> pd.DataFrame:
+    """Method minus base: method, metric (chair_s_diff, recall_diff, frontier_gap), value, lo, hi, n."""
+    return _table({m: (f, base) for m, f in found.items()}, base, truth)
 
-    Columns COLUMNS; ``against`` is "" for values (``frontier_gap`` among them, which is against the base model's
-    truncation by its nature), or "base". ``kinds``: what each method is (a rival's kind, "edit", "edit + decoding").
-    """
-    items = {"base": _captions(base), **{name: _captions(each) for name, each in found.items()}}
+
+def against(found: dict[str, Evaluated], method: str, base: Evaluated, truth: Truth) -> pd.DataFrame:
+    """Every other method minus ``method``, in the columns of :func:`rival_differences`; ``frontier_gap`` is how far
+    it lies below the truncation frontier of ``method``: positive = better. KeyError for a method that is not there."""
+    if method not in found:
+        raise KeyError(f"no method {method!r} among those compared: {sorted(found)}")
+    others = {m: (f, found[method]) for m, f in found.items() if m != method}
+    return _table(others, found[method], truth)
+
+
+def _table(sides: dict[str, tuple[Evaluated, Evaluated]], reference: Evaluated, truth: Truth) -> pd.DataFrame:
     rows = []
-    for name, own in items.items():
-        rows.append(summarise(own).assign(method=name, against=""))
-        if name != "base":
-            rows.append(paired_difference(own, items["base"]).assign(method=name, against="base"))
-            gap = {"metric": "frontier_gap", **frontier_gap(base.captions, found[name].captions, truth)}
-            rows.append(pd.DataFrame([gap]).assign(method=name, against=""))
-    table = pd.concat(rows, ignore_index=True)
-    table = table[table["metric"].isin([*METRICS, "frontier_gap"])]
-    return table.assign(kind=table["method"].map({"base": "base", **kinds}))[COLUMNS].reset_index(drop=True)
+    for method, (own, other) in sides.items():
+        change = paired_difference(*(_captions(side.items) for side in (own, other)))
+        rows += [{**r, "method": method, "metric": f"{r['metric']}_diff"} for r in change.to_dict("records")]
+        gap = frontier_gap(reference.captions, own.captions, truth)
+        rows.append({"method": method, "metric": "frontier_gap", **gap})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def best_rival(table: pd.DataFrame, among: Iterable[str]) -> str:
-    """The method with the best ``frontier_gap`` among those whose recall is at most LOST under the base model's; the
-    highest recall where there is none. ValueError when ``among`` is empty."""
-    own = table[table["method"].isin(list(among))]
-    if own.empty:
-        raise ValueError("no rival to choose from: name some in RIVALS")
-    recall = own[(own["metric"] == "recall") & (own["against"] == "base")].set_index("method")["value"]
-    gap = own[own["metric"] == "frontier_gap"].set_index("method")["value"]
-    near = recall.index[recall >= -LOST - 1e-9]
-    return str(gap[near].idxmax() if len(near) else recall.idxmax())
+def _captions(items: pd.DataFrame) -> pd.DataFrame:
+    mine = items[(items["benchmark"] == "chair") & items["metric"].isin(MEASURES)]
+    return mine[["image_id", "metric", "num", "den"]]
 
 
-def beside(best: str, others: Iterable[str], found: dict[str, Evaluated]) -> pd.DataFrame:
-    """The other methods minus the best rival, paired by picture: method, against, metric, value, lo, hi, n."""
-    own = _captions(found[best])
-    parts = [paired_difference(_captions(found[m]), own).assign(method=m, against=best) for m in others if m != best]
-    table = pd.concat(parts, ignore_index=True)
-    return table[table["metric"].isin(METRICS)].reset_index(drop=True)
-
-
-def rivals_finding(table: pd.DataFrame, best: str, differences: pd.DataFrame, edit: str) -> str:
-    """The best rival and the truncation control beside the edit, as a list in markdown."""
-
-    def value(method: str, metric: str, against: str = "") -> str:
-        row = table[(table["method"] == method) & (table["metric"] == metric) & (table["against"] == against)].iloc[0]
-        if metric == "frontier_gap" or against:
-            return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
-        return f"{row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})"
-
-    lines = [
-        f"`{method}`: {value(method, 'chair_s')} of the captions name an absent object, recall changes by "
-        f"{value(method, 'recall', 'base')}, {value(method, 'frontier_gap')} below the truncation frontier."
-        for method in dict.fromkeys([edit, best, "truncation"])
-        if (table["method"] == method).any()
-    ]
-    row = differences[(differences["method"] == edit) & (differences["metric"] == "chair_s")]
-    if len(row):
-        row = row.iloc[0]
-        said = "fewer" if row["hi"] < 0 else "more" if row["lo"] > 0 else "not shown to differ"
-        lines.append(
-            f"`{edit}` against the best rival, `{best}`, paired by picture: {100 * row['value']:+.1f} points of such "
-            f"captions ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f}): {said}."
-        )
+def rival_finding(compared: pd.DataFrame, versus: pd.DataFrame, method: str) -> str:
+    """The best rival (largest gap to the base model's frontier) and the controls beside ``method``, in markdown."""
+    gaps = compared[(compared["metric"] == "frontier_gap") & ~compared["method"].str.contains(" + ", regex=False)]
+    gaps = gaps.set_index("method")
+    lines = [f"`{method}` lies {_points(gaps.loc[method])} below the base model's truncation frontier."]
+    others = gaps[~gaps.index.isin([*STUDY, *CONTROLS])]
+    named = [*([others["value"].idxmax()] if len(others) else []), *[c for c in CONTROLS if c in gaps.index]]
+    for name in named:
+        change = versus[(versus["method"] == name) & (versus["metric"] == "chair_s_diff")].iloc[0]
+        what = "control" if name in CONTROLS else "best rival"
+        apart = f"CHAIRs minus those of `{method}`: {_points(change)}"
+        lines.append(f"`{name}` ({what}): {_points(gaps.loc[name])} below it; {apart}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
-def _captions(found: Evaluated) -> pd.DataFrame:
-    """The items of the captions' scorer."""
-    return found.items[found.items["benchmark"] == "chair"].drop(columns=["benchmark", "scorer", "setting"])
+def _points(row: pd.Series) -> str:
+    return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
