@@ -58,7 +58,7 @@ def call(folder: Path, cache: Path, *words: str) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_study_of_the_large_model_runs_to_its_end(tmp_path):
     files = tiny_coco()
