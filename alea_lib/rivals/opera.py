@@ -144,9 +144,7 @@ class Watch:
         read, looks = self.cache.get_seq_length(), []
         mask = pad(self.mask, (0, read + 1 - self.mask.shape[1]), value=1)
         for token in tokens.T:
-            self.vlm.hidden(
-                self.vlm.model.get_input_embeddings()(token[:, None]), mask, self.batch, self.cache, read
-            )
+            self.vlm.hidden(self.vlm.model.get_input_embeddings()(token[:, None]), mask, self.batch, self.cache, read)
             self.cache.crop(-1)
             looks.append(self.newest)
         return torch.stack(looks, 1)
@@ -232,7 +230,15 @@ def opera(s: OperaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: 
         raise ValueError(f"scale is {s.scale}, it must not be negative; damping is {s.damping}, in (0, 1]")
     search = Search(at_length(s), vlm, batch, mask)
     with weighed_attention(vlm, search.look, [vlm.n_layers - 1]):
-        yield {"num_beams": s.beams, "custom_generate": search}
+        yield {"num_beams": s.beams, "custom_generate": search, **positions(vlm, batch, mask)}
+
+
+def positions(vlm: VLM, batch: Batch, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Positions of the prompt that go on as :meth:`VLM.hidden` counts those of a tried token, padding included; left to
+    itself, ``generate`` counts without padding. Families with positions of their own have them already."""
+    if "position_ids" in (vlm.row.writes or vlm.row.told)(vlm, mask, batch):
+        return {}
+    return {"position_ids": torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)}
 
 
 # as published; for captions of the small world's 25 words; there, with the scale for a shorter context; without return
