@@ -241,9 +241,9 @@ def positions(vlm: VLM, batch: Batch, mask: torch.Tensor) -> dict[str, torch.Ten
     return {"position_ids": torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)}
 
 
-# as published; for captions of the small world's 25 words; there, with the scale for a shorter context; without return
-GRID = ({}, {"words": 25}, {"words": 25, "scale": 5.0}, {"words": 25, "scale": 5.0, "times": 0})
+# as published; for captions of the small world's 25 words, also with a milder scale, also without going back
+GRID = ({}, {"words": 25}, {"words": 25, "scale": 20.0}, {"words": 25, "times": 0})
 register(
-    Rival("opera", "decoding", opera, OperaSettings(), GRID, "beams, answers that lean on one of their tokens penalised",
+    Rival("opera", "decoding", opera, OperaSettings(), GRID, "beams; leaning on one's own words costs; going back",
           "OPERA: Huang et al. 2024 (CVPR), official code")
 )  # fmt: skip
