@@ -157,10 +157,10 @@ def test_the_script_for_a_model_of_ones_own(tiny_world, capsys):
 
 
 def test_commands_on_pages_name_targets_and_files_that_exist():
-    targets = set(re.findall(r"^([a-z]+):", (toy.HERE / "Makefile").read_text(encoding="utf-8"), re.M))
+    targets = set(re.findall(r"^([a-z-]+):", (toy.HERE / "Makefile").read_text(encoding="utf-8"), re.M))
     for page in sorted(BOOK.glob("*.md")):
         for block in blocks(page.name, "bash"):
-            assert set(re.findall(r"^make ([a-z]+)", block, re.M)) <= targets, page.name
+            assert set(re.findall(r"^make ([a-z-]+)", block, re.M)) <= targets, page.name
             for notebook in re.findall(r"NB=(\w+)", block):
                 assert (toy.HERE / "notebooks" / f"{notebook}.ipynb").exists(), f"{page.name}: {notebook}"
             for script in re.findall(r"(?:python|pytest) ((?:book|tests)/[\w/.]+)", block):
