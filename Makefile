@@ -72,7 +72,7 @@ test: $(STAMP)
 	@$(PY) -m pytest tests
 
 check-book: $(STAMP)
-	@$(PY) -m pytest -q tests/test_browser.py
+	@$(PY) -m pytest -q -m long tests/test_browser.py
 
 model: $(STAMP)
 	$(PY) -m alea_lib.zoo --seed $(SEED)

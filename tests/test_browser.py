@@ -32,7 +32,7 @@ GRAVE = ("serious", "critical")
 OF_THE_THEME = ("Identifier 'THEBE_JS_URL' has already been declared",)
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.long,  # make check-book, after make study
     pytest.mark.timeout(900),
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium"),
 ]
