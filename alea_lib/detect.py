@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from .hub import switched_off
 from .layout import opened
 from .runs import root
 from .tables import DataError
@@ -49,7 +49,7 @@ def load_detector(key: str = "scenes-detector", threshold: float = 0.7):
     """
     if (root() / "data" / "models" / key / "detector.json").is_file():
         return small.load_detector(key)
-    if not key or (os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") and not Path(key).is_dir()):
+    if not key or (switched_off() and not Path(key).is_dir()):
         raise FileNotFoundError(
             f"no detector {key!r}: give scenes-detector, the folder of a model for object detection, or its hub name "
             "with the hub switched on (HF_HUB_OFFLINE=0)"

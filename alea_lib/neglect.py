@@ -16,7 +16,7 @@ from .taps import read_attention
 from .vlm import VLM, Batch, scored
 
 TERMS = ("nll", "contrast", "neglect", "attention")
-ROOM = 2**29  # bytes for the keys and values of all items's images and prompts
+ROOM = 2**29  # bytes for the keys and values of all items' images and prompts
 
 
 @torch.no_grad()

@@ -170,8 +170,8 @@ def finding(metrics: pd.DataFrame) -> str:
     for method in [m for m in METHOD_ORDER[1:] if (metrics["method"] == m).any()]:
         wrong, lost, gap = (one(metrics, m, "chair", method) for m in ("chair_s", "recall_diff", "frontier_gap"))
         lines.append(
-            f"`{method}`: {_percent(wrong)}; recall changes by {_points(lost)}; "
-            f"{_points(gap)} below the truncation frontier."
+            f"`{method}`: {_percent(wrong)}; recall changes by {in_points(lost)}; "
+            f"{in_points(gap)} below the truncation frontier."
         )
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
@@ -191,7 +191,7 @@ def robustness_finding(rows: pd.DataFrame) -> str:
     for row in bought[bought["label"].isin(ADVERSARY)].to_dict("records"):
         said = verdict(row["lo"], row["hi"], -1).replace("does not hold", "the other way round")
         said = said.replace("holds", "shown")
-        lines.append(f"Fewer under attack with `{row['label']}` than with `no-prefix`: {_points(row)}, {said}.")
+        lines.append(f"Fewer under attack with `{row['label']}` than with `no-prefix`: {in_points(row)}, {said}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
 
 
@@ -214,7 +214,7 @@ def robust_recipes(rows: pd.DataFrame, against: str = "no-prefix") -> pd.DataFra
             "recall": kept(recall["lo"], recall["hi"], LOST),
             "attacked": verdict(attacked["lo"], attacked["hi"], -1),
         }
-        texts = {f"{k} difference": _points(r) for k, r in zip(said, (clean, recall, attacked))}
+        texts = {f"{k} difference": in_points(r) for k, r in zip(said, (clean, recall, attacked))}
         row = {"model": model, "label": label, "seeds": int(clean["seeds"]), "n": int(clean["n"])}
         out.append({**row, **said, **texts, "recipe": set(said.values()) == {"holds"}})
     return pd.DataFrame(out)
@@ -242,7 +242,8 @@ def _percent(row: pd.Series) -> str:
     return f"{row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})"
 
 
-def _points(row: pd.Series) -> str:
+def in_points(row: pd.Series) -> str:
+    """A difference and its interval in percentage points."""
     return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
 
 
@@ -273,7 +274,6 @@ def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None 
     rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
     rows = rows[rows["method"].isin(METHOD_ORDER)]  # rivals are measured on fewer pictures, on a page of their own
     rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT) & rows["condition"].eq("clean")]
-    rows = rows[rows["method"].isin(METHOD_ORDER)]  # rivals have a page of their own
     overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
     return rows[overall if setting is None else rows["setting"].eq(setting)]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from .batch import Batch, Limits, scored  # noqa: F401  (others import it from here)
 from .families import Family, family
-from .hub import snapshot
+from .hub import snapshot, switched_off
 from .layout import causal, opened, reading_embeddings
 from .runs import root
 from .runs.rows import ModelRow, model_row
@@ -303,7 +302,7 @@ def load(
     if pinned:
         four_bit, dtype, revision = pinned.four_bit, pinned.dtype, pinned.revision
     path = model_path(key)
-    if isinstance(path, str) and os.environ.get("HF_HUB_OFFLINE") and not Path(path).is_dir():
+    if isinstance(path, str) and switched_off() and not Path(path).is_dir():
         known = sorted(p.name for p in (root() / "data" / "models").glob("*") if (p / "config.json").is_file())
         raise FileNotFoundError(f"no model {key!r} in data/models (there are {known}) and the hub is switched off")
     at = {"revision": revision} if revision and isinstance(path, str) else {}

@@ -8,6 +8,7 @@ from ..measures.frontier import frontier_gap
 from ..measures.truth import Truth
 from ..scoring import Evaluated
 from ..stats import paired_difference
+from ..verdicts import in_points
 
 MEASURES = ("chair_s", "recall")
 COLUMNS = ["method", "metric", "value", "lo", "hi", "n"]
@@ -48,16 +49,12 @@ def rival_finding(compared: pd.DataFrame, versus: pd.DataFrame, method: str) -> 
     """The best rival (largest gap to the base model's frontier) and the controls beside ``method``, in markdown."""
     gaps = compared[(compared["metric"] == "frontier_gap") & ~compared["method"].str.contains(" + ", regex=False)]
     gaps = gaps.set_index("method")
-    lines = [f"`{method}` lies {_points(gaps.loc[method])} below the base model's truncation frontier."]
+    lines = [f"`{method}` lies {in_points(gaps.loc[method])} below the base model's truncation frontier."]
     others = gaps[~gaps.index.isin([*STUDY, *CONTROLS])]
     named = [*([others["value"].idxmax()] if len(others) else []), *[c for c in CONTROLS if c in gaps.index]]
     for name in named:
         change = versus[(versus["method"] == name) & (versus["metric"] == "chair_s_diff")].iloc[0]
         what = "control" if name in CONTROLS else "best rival"
-        apart = f"CHAIRs minus those of `{method}`: {_points(change)}"
-        lines.append(f"`{name}` ({what}): {_points(gaps.loc[name])} below it; {apart}.")
+        apart = f"CHAIRs minus those of `{method}`: {in_points(change)}"
+        lines.append(f"`{name}` ({what}): {in_points(gaps.loc[name])} below it; {apart}.")
     return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
-def _points(row: pd.Series) -> str:
-    return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
