@@ -109,6 +109,14 @@ def test_a_figure_of_many_rows_stays_on_a_page():
     plt.close("all")
 
 
+def test_a_map_without_a_number_says_so():
+    none = pd.DataFrame({"layer": [], "head": [], "effect": []}, dtype=object)
+    empty = none.pivot(index="layer", columns="head", values="effect").to_numpy()  # no caption names an object
+    looks = figures.head_maps({"share": np.eye(2), "effect": empty, "mute": np.full((2, 2), np.nan)}, "").axes[:3]
+    assert [axis.texts[0].get_text() for axis in looks] == ["1.00", "not defined here", "not defined here"]
+    plt.close("all")
+
+
 def test_labels_are_spread_and_keep_their_order():
     heights = np.array([0.5, 0.1, 0.5, 0.52])
     placed = spread(heights, 0.05)

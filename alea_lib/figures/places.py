@@ -33,14 +33,22 @@ def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str, columns: i
 
 
 def head_maps(maps: dict[str, np.ndarray], title: str, columns: int = 2) -> Figure:
-    """Heat maps of layers (rows) by heads (columns), one a value, each with its own scale and its values written in."""
+    """Heat maps of layers (rows) by heads (columns), one a value, each with its own scale and its values written in.
+
+    A map without any number stays empty and says so.
+    """
     size = 4.6 if columns < 3 else 3.1
     figure, axes = panels(len(maps), columns, size, 0.75 * size)
     for axis, (label, values) in zip(axes, maps.items()):
+        axis.set_title(label, fontweight="normal", fontsize=10)
+        values = np.asarray(values, dtype=float)
+        if not np.isfinite(values).any():
+            axis.set(xticks=[], yticks=[])
+            axis.text(0.5, 0.5, "not defined here", ha="center", transform=axis.transAxes)
+            continue
         small = values.size <= 80 and columns < 3
         sns.heatmap(values, cmap="cividis", annot=small, fmt=".2f", annot_kws={"size": 7}, ax=axis, cbar=not small)
         axis.set(xlabel="head", ylabel="layer")
-        axis.set_title(label, fontweight="normal", fontsize=10)
     return headed(figure, title)
 
 
