@@ -27,7 +27,7 @@ help:
 	@echo "make study DRY=1         what it would do, take and need (PROFILE=llava-1.5-7b: LLaVA-1.5 on one GPU); starts nothing"
 	@echo "make test                the tests"
 	@echo "make check-book          look at the built book in a headless Chromium, if there is one"
-	@echo "make check-photographs   all stages of PROFILE=llava-1.5-7b, with a tiny LLaVA and tiny files from localhost (minutes)"
+	@echo "make check-photographs   both profiles of LLaVA-1.5 to their end, with a tiny model and tiny files from localhost (minutes)"
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
 	@echo "make book                the book again, from finished runs"
 	@echo "make pdf                 the book as one PDF (needs Chromium or Chrome): _build/look-closer.pdf"
