@@ -112,32 +112,6 @@ def adversary(metrics: pd.DataFrame, method: str, metric: str = "chair_s_diff", 
     return claim, "the method's idea", method, evidence, int(own["n"]), judged, OTHER_WORLD
 
 
-STUDY_CONTROLS = ("truncation", "stop-early", "careful-prompt")
-BETTER = {"frontier_gap": +1, "chair_s_diff": -1, "recall_diff": +1}
-
-
-def rivals_verdict(metrics: pd.DataFrame, method: str = "alea-mixed") -> pd.DataFrame:
-    """The best rival against the method, measure by measure: rival, metric, rival_value, value, judged. Empty without
-    rivals.
-
-    The best is the rival, no control, with the largest ``frontier_gap``. ``judged`` says who is better only where the
-    intervals do not meet, which is stricter than a paired test: the rows are of different numbers of pictures.
-    """
-    others = metrics[(metrics["model"] == studied(metrics)) & (metrics["metric"] == "frontier_gap")]
-    others = others[~others["method"].isin([*METHOD_ORDER, *STUDY_CONTROLS])]
-    columns = ["rival", "metric", "rival_value", "value", "judged"]
-    if others.empty:
-        return pd.DataFrame(columns=columns)
-    best, rows = others.loc[others["value"].idxmax(), "method"], []
-    for metric, sign in BETTER.items():
-        own, other = one(metrics, metric, "chair", method), one(metrics, metric, "chair", best)
-        apart = "not told apart"
-        if own["lo"] > other["hi"] or own["hi"] < other["lo"]:
-            apart = f"{method} better" if (own["value"] - other["value"]) * sign > 0 else f"{best} better"
-        rows.append((best, metric, other["value"], own["value"], apart))
-    return pd.DataFrame(rows, columns=columns)
-
-
 def studied(metrics: pd.DataFrame) -> str:
     """The model that is edited: that of the first row of another method than base (else of the first row)."""
     edited = metrics[metrics["method"] != "base"]
