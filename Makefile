@@ -20,13 +20,14 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: help install study test check-book model implants card book pdf run publish gpu-check clean
+.PHONY: help install study test check-book check-photographs model implants card book pdf run publish gpu-check clean
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
 	@echo "make study DRY=1         what it would do, take and need (PROFILE=llava-1.5-7b: LLaVA-1.5 on one GPU); starts nothing"
 	@echo "make test                the tests"
 	@echo "make check-book          look at the built book in a headless Chromium, if there is one"
+	@echo "make check-photographs   all stages of PROFILE=llava-1.5-7b, with a tiny LLaVA and tiny files from localhost (minutes)"
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
 	@echo "make book                the book again, from finished runs"
 	@echo "make pdf                 the book as one PDF (needs Chromium or Chrome): _build/look-closer.pdf"
@@ -73,6 +74,9 @@ test: $(STAMP)
 
 check-book: $(STAMP)
 	@$(PY) -m pytest -q -m long tests/test_browser.py
+
+check-photographs: $(STAMP)
+	@$(PY) -m pytest -q -m long tests/test_photographs.py
 
 model: $(STAMP)
 	$(PY) -m alea_lib.zoo --seed $(SEED)

@@ -34,8 +34,9 @@ def prefix_evidence(
 
     Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
     KL(seeing || blind) at the tokens of the positive; with ``truth`` also what the model then writes about these
-    images (chair_s, chair_i, recall, words; _lo and _hi of the first and the third, 95 % over images), all as answers
-    to the prompt of the role ``prompt``; n pairs. Empty when there are no pairs.
+    images (chair_s, chair_i, recall, words; _lo and _hi of the first and the third, 95 % over images; NaN where a
+    measure is not defined, as chair_i is for captions that name nothing), all as answers to the prompt of the role
+    ``prompt``; n pairs. Empty when there are no pairs.
     """
     rows = []
     for name, each in prefixes.items():
@@ -90,5 +91,6 @@ def _written(vlm: VLM, features, pairs: pd.DataFrame, prefix, prompt: str, truth
     answers = vlm.generate(features, vlm.prompt(prompt), max_new_tokens, prefix=prefix)
     table = pd.DataFrame({"image_id": pairs["image_id"].tolist(), "caption": [a.text for a in answers]})
     found = summarise(chair(table, truth).items).set_index("metric")
+    found = found.reindex(WRITTEN)  # captions that name nothing, as under a strong prefix, have no chair_i
     out = {name: found.loc[name, "value"] for name in WRITTEN}
     return out | {f"{name}_{side}": found.loc[name, side] for name in BOUNDED for side in ("lo", "hi")}

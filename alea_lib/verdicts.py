@@ -57,14 +57,14 @@ UNTESTED = (
         "no overhead",
         "by construction: same modules, shapes and dtypes (checked by a test)",
     ),
-    ("It generalises to other model families", "open in the paper", "cannot be tested in one small world"),
+    ("It generalises to other model families", "open in the paper", "cannot be tested on one model"),
     ("People prefer the captions", "open in the paper", "not answered here"),
 )
 METHOD_ORDER = (
     "base", "truncation", "sft", "no-prefix", "random-prefix", "alea-official", "alea-corrected", "alea-mixed",
     "lora", "heads", "random-layers", "last-layer", "all-layers",
 )  # fmt: skip
-OTHER_WORLD = "not run: needs a GPU"
+NOT_RUN = {"scenes": "not in this run: make study", "coco": "not run: needs a GPU"}  # a column each, whatever was run
 CUT = ",cut"  # in the setting of a row: the base model's captions cut to so many sentences
 
 
@@ -81,20 +81,24 @@ def kept(lo: float, hi: float, margin: float) -> str:
 
 
 def claims(metrics: pd.DataFrame) -> pd.DataFrame:
-    """The table of claims: claim, paper, method, evidence, n, scenes (verdict), coco. KeyError names a missing row."""
-    rows = []
+    """The table of claims: claim, paper, method, evidence, n, and a column a world. The world of ``metrics`` has the
+    verdicts, others say how to get theirs: what holds in one says nothing of another. KeyError names a missing row.
+    """
+    world, rows = metrics.loc[metrics["model"] == studied(metrics), "world"].iloc[0], []
     for table, judge in ((CLAIMS, verdict), (KEPT, kept)):
         for claim, paper, metric, benchmark, method, bar in table:
             row = one(metrics, metric, benchmark, method)
             evidence = f"{metric} {row['value']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
-            rows.append((claim, paper, method, evidence, int(row["n"]), judge(row["lo"], row["hi"], bar), OTHER_WORLD))
+            rows.append((claim, paper, method, evidence, int(row["n"]), judge(row["lo"], row["hi"], bar)))
     rows += [adversary(metrics, method) for method in ADVERSARY]
     rows += [adversary(metrics, method, "chair_s", "attacked") for method in ADVERSARY]
     rows += [
-        (claim, paper, "", why, 0, "not tested" if "construction" not in why else "holds", OTHER_WORLD)
+        (claim, paper, "", why, 0, "not tested" if "construction" not in why else "holds")
         for claim, paper, why in UNTESTED
     ]
-    return pd.DataFrame(rows, columns=["claim", "paper", "method", "evidence", "n", "scenes", "coco"])
+    table = pd.DataFrame(rows, columns=["claim", "paper", "method", "evidence", "n", world])
+    others = {name: told for name, told in NOT_RUN.items() if name != world}
+    return table.assign(**others)[[*table.columns[:-1], *dict.fromkeys([*NOT_RUN, world])]]
 
 
 def adversary(metrics: pd.DataFrame, method: str, metric: str = "chair_s_diff", condition: str = "clean") -> tuple:
@@ -109,7 +113,7 @@ def adversary(metrics: pd.DataFrame, method: str, metric: str = "chair_s_diff", 
     evidence += f"{plain['value']:+.3f} [{plain['lo']:+.3f}, {plain['hi']:+.3f}]"
     where = "clean prompts" if condition == "clean" else "under a fresh attack"
     claim = f"The adversary helps beyond plain supervised editing ({where})"
-    return claim, "the method's idea", method, evidence, int(own["n"]), judged, OTHER_WORLD
+    return claim, "the method's idea", method, evidence, int(own["n"]), judged
 
 
 def studied(metrics: pd.DataFrame) -> str:

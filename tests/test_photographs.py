@@ -1,6 +1,5 @@
 """The study of LLaVA-1.5-7B from its first download to its last table, with a tiny model and tiny files instead."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -13,20 +12,27 @@ import yaml
 from hub import cached, learnt
 from serving import Server, tiny_coco, write_catalogue
 
-from alea_lib.tables import read_metrics
+from alea_lib.runs import preview
+from alea_lib.runs.execute import check_parameters
+from alea_lib.runs.places import load_profile, plan, read_yaml
+from alea_lib.runs.record import read_record
+from alea_lib.tables import read_jsonl, read_metrics
+from alea_lib.verdicts import NOT_RUN
 
 HERE = Path(__file__).resolve().parents[1]
+PROFILE = "llava-1.5-7b"
 SIZES = {  # of the real profile's stages, made small; everything else stays as it says
     "01_world": {"N_ACTIVATE": 20, "N_VALIDATE": 4, "N_TEST": 12, "N_POPE": 6},
     "02_activate": {"N_IMAGES": 20},
     "03_locate_layers": {"N_PAIRS": 4, "N_EDIT": 4, "N_VALIDATE": 4, "RESAMPLES": 2},
     "04_locate_heads": {"N_PAIRS": 2, "K": 2, "N_VALIDATE": 4, "RESAMPLES": 2},
-    "05_edit": {"N_PAIRS": 8, "PREFIX_STEPS": 2, "EPOCHS": 1},
+    "05_adversary": {"N_PAIRS": 8, "N_HELD_OUT": 4, "PREFIX_STEPS": 2},
+    "05_edit": {"N_PAIRS": 8, "EPOCHS": 2, "LR": 3e-3},
     "06_measure": {"N_TEST": 12, "N_GROUNDING": 4, "N_ROUTE": 1},
     "06_read_chair": {"N_TEST": 12, "SIZES": [6, 12]},
-    "10_robustness": {"METHODS": ["no-prefix", "alea-mixed"], "N_TEST": 6, "N_SEEN": 8, "PREFIX_STEPS": 2},
+    "10_robustness": {"N_TEST": 6, "N_SEEN": 8, "PREFIX_STEPS": 2},
 }
-VARIANTS = {"05_edit": ["no-prefix", "alea-mixed"], "06_measure": ["base", "truncation", "no-prefix", "alea-mixed"]}
+JUDGED = {"holds", "does not hold", "not shown", "not tested"}
 
 
 def repository(folder: Path) -> Path:
@@ -36,16 +42,15 @@ def repository(folder: Path) -> Path:
     (folder / "data" / "profiles").mkdir(parents=True)
     for name in ("_config.yml", "data/hub.yaml", "data/scenes.yaml"):
         shutil.copyfile(HERE / name, folder / name)
-    (folder / "data" / "models").symlink_to(HERE / "data" / "models")
-    profile = yaml.safe_load((HERE / "data" / "profiles" / "llava-1.5-7b.yaml").read_text())
+    for name in ("models", "results"):
+        (folder / "data" / name).symlink_to(HERE / "data" / name)
+    profile = read_yaml((HERE / "data" / "profiles" / f"{PROFILE}.yaml").read_text())
     del profile["needs"]  # a card, and gigabytes of downloads
-    profile["max_new_tokens"] = 24
+    profile["max_new_tokens"] = 32
     for stage, sizes in SIZES.items():
+        assert set(sizes) <= set(profile["stages"][stage]), f"{stage}: the profile has no such size"
         profile["stages"][stage].update(sizes)
-    for stage, names in VARIANTS.items():
-        kept = profile["variants"][stage]
-        profile["variants"][stage] = {n: kept[n] for n in names} if isinstance(kept, dict) else names
-    (folder / "data" / "profiles" / "llava-1.5-7b.yaml").write_text(yaml.safe_dump(profile))
+    (folder / "data" / "profiles" / f"{PROFILE}.yaml").write_text(yaml.safe_dump(profile, sort_keys=False))
     return folder
 
 
@@ -58,14 +63,34 @@ def call(folder: Path, cache: Path, *words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.parametrize("profile", [PROFILE, f"{PROFILE}-t4"])
+def test_the_plan_of_a_real_profile_names_every_run(profile, monkeypatch):
+    monkeypatch.setenv("ALEA_ROOT", str(HERE))
+    told = preview.text(preview.preview(profile)).splitlines()
+    for job in plan(profile):
+        check_parameters(HERE / "notebooks" / f"{job.stage}.ipynb", profile, job.variant, {})
+        assert [line.split()[0] for line in told if line.strip()].count(job.label) == 1
+
+
+def test_the_small_study_has_the_runs_of_the_real_one(tmp_path, monkeypatch):
+    folder, labels = repository(tmp_path / "study"), {}
+    for root in (HERE, folder):
+        monkeypatch.setenv("ALEA_ROOT", str(root))
+        labels[root] = [job.label for job in plan(PROFILE)]
+        for job in plan(PROFILE):
+            check_parameters(root / "notebooks" / f"{job.stage}.ipynb", PROFILE, job.variant, {})
+    assert labels[folder] == labels[HERE]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(1500)
-def test_the_study_of_the_large_model_runs_to_its_end(tmp_path):
+def test_the_study_of_the_large_model_runs_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALEA_ROOT", str(HERE))
     files = tiny_coco()
     folder, cache = repository(tmp_path / "study"), tmp_path / "cache"
     vlm, loss = learnt(files)
     assert loss < 0.5
-    pinned = yaml.safe_load((HERE / "data" / "hub.yaml").read_text())["llava-1.5-7b"]
+    pinned = read_yaml((HERE / "data" / "hub.yaml").read_text())[PROFILE]
     assert pinned["four_bit"]
     cached(vlm, cache, pinned["hub"], pinned["revision"])
     write_catalogue(folder / "data", files, activate=20)
@@ -74,19 +99,35 @@ def test_the_study_of_the_large_model_runs_to_its_end(tmp_path):
         call(folder, cache, "alea_lib.worlds", "fetch", "coco", "--from", server.url)
     finally:
         server.stop()
-    call(folder, cache, "alea_lib.runs", "study", "--profile", "llava-1.5-7b", "--jobs", "1")
+    call(folder, cache, "alea_lib.runs", "study", "--profile", PROFILE, "--jobs", "1")
 
-    runs = folder / "data" / "runs" / "llava-1.5-7b"
-    records = {p.parent.name: json.loads(p.read_text()) for p in runs.glob("*/run.json")}
-    listed = yaml.safe_load((folder / "data" / "profiles" / "llava-1.5-7b.yaml").read_text())["stages"]
-    assert {r["stage"] for r in records.values()} == set(listed)
+    runs = folder / "data" / "runs" / PROFILE
+    everything_is_finished(folder, cache, runs)
     metrics = read_metrics(runs / "results" / "metrics.csv")
-    assert set(metrics["world"]) == {"coco"} and set(metrics["model"]) == {"llava-1.5-7b"}
+    assert set(metrics["world"]) == {"coco"} and set(metrics["model"]) == {PROFILE}
     assert set(metrics["benchmark"]) == {"chair", "pope", "grounding", "ability"}
+    edits = {"no-prefix", "alea-corrected", "alea-mixed"}
+    assert set(metrics["method"]) == {"base", "truncation", *edits}
+    assert set(metrics.loc[metrics["condition"] == "attacked", "method"]) == {"base", *edits}
     pairs = pd.read_parquet(runs / "02_activate" / "pairs.parquet")
     assert set(pairs["label_source"]) == {"truth"} and pairs["image"].str.startswith("COCO_val2014_").all()
     notes = pd.read_csv(runs / "results" / "notes.csv")
     base = notes[notes["stage"] == "06_measure-base"].set_index("metric")["reason"]
     assert "coco has no MME questions" in base["mme_*"] and "coco has no AMBER questions" in base["amber_*"]
     assert not (runs / "03_locate_layers" / "localisation.csv").exists()  # no implants were asked for
-    assert records["02_activate"]["inputs"]["data/hub.yaml: llava-1.5-7b"]["revision"] == pinned["revision"]
+    told = {m: read_jsonl(runs / f"06_measure-{m}" / "captions.jsonl") for m in ("base", *edits)}
+    assert all(told[m] != told["base"] for m in edits)  # the edits reach what is measured
+    claims = pd.read_csv(runs / "12_what_holds" / "claims.csv")
+    assert set(claims["scenes"]) == {NOT_RUN["scenes"]} and set(claims["coco"]) <= JUDGED
+    record = read_record(runs / "02_activate")
+    assert record["inputs"][f"data/hub.yaml: {PROFILE}"]["revision"] == pinned["revision"]
+
+
+def everything_is_finished(folder: Path, cache: Path, runs: Path) -> None:
+    """Every run of the plan has its record and its notebook, the plan says so, and a second call starts nothing."""
+    planned = call(folder, cache, "alea_lib.runs", "plan", "--profile", PROFILE)
+    labels = [line.split()[0] for line in planned.splitlines() if line.endswith("(finished)")]
+    assert set(labels) == {p.parent.name for p in runs.glob("*/run.json")}
+    assert {label for label in labels if (runs / label / "notebook.ipynb").is_file()} == set(labels)
+    assert {read_record(runs / label)["stage"] for label in labels} == set(load_profile(PROFILE)["stages"])
+    assert "started" not in call(folder, cache, "alea_lib.runs", "study", "--profile", PROFILE, "--jobs", "1")

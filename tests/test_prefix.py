@@ -417,6 +417,19 @@ def test_evidence_of_what_is_written(tiny, tiny_world, seen, told, tuned):
         assert (table[f"{name}_lo"] <= table[name]).all() and (table[name] <= table[f"{name}_hi"]).all()
 
 
+def test_evidence_of_captions_that_name_nothing(tiny, tiny_world, seen, told, tuned, monkeypatch):
+    split = tiny_world.split("activate")
+    pairs = pd.DataFrame({"image_id": split.ids, "negative": told, "positive": told[::-1]})
+    truth, write = read_truth(split.instances, split.captions), tiny.generate
+
+    def lost(*given, **how):
+        return [replace(a, text="blue blue") for a in write(*given, **how)]
+
+    monkeypatch.setattr(tiny, "generate", lost)
+    row = prefix_evidence(tiny, seen, pairs, {"tuned": tuned[0]}, truth=truth, max_new_tokens=4).loc["tuned"]
+    assert (row["chair_s"], row["recall"], row["words"]) == (0, 0, 2) and np.isnan(row["chair_i"])
+
+
 def test_the_control_has_the_norms_and_the_place_of_the_tuned(tiny, tuned):
     moved = replace(tuned[0], place="question")
     control = random_like(tiny, moved, PrefixSettings(length=9, init="words"))

@@ -62,7 +62,7 @@ def row(metric, benchmark, method, value, lo, hi, **more):
     prompt = "" if benchmark == "pope" else "plain"
     return {"metric": metric, "benchmark": benchmark, "method": method, "value": value, "lo": lo, "hi": hi,
             "n": 100, "setting": setting, "prompt": prompt, "condition": "clean", "model": "scenes-natural",
-            **more}  # fmt: skip
+            "world": "scenes", **more}  # fmt: skip
 
 
 def all_rows():
@@ -154,6 +154,16 @@ def test_table_of_claims():
     assert found["Recall is kept (loss under 3 points)", "alea-corrected"] == "does not hold"
     assert table["evidence"][0] == "chair_s_diff -0.100 [-0.200, -0.050]" and table["n"][0] == 100
     assert set(table["coco"]) == {"not run: needs a GPU"}
+
+
+def test_a_verdict_stands_in_the_column_of_its_world():
+    rows = pd.DataFrame(all_rows())
+    here = claims(rows)
+    there = claims(rows.assign(world="coco", model="llava-1.5-7b"))
+    assert list(there.columns) == list(here.columns) and there["coco"].equals(here["scenes"].rename("coco"))
+    assert set(there["scenes"]) == {"not in this run: make study"}
+    mine = claims(rows.assign(world="mine"))
+    assert list(mine.columns) == [*here.columns, "mine"] and not set(mine["scenes"]) & {"holds", "does not hold"}
 
 
 def test_a_missing_or_doubled_row_is_named():
