@@ -8,10 +8,10 @@ import pandas as pd
 
 from ..measures.frontier import frontier_gap
 from ..measures.truth import Truth
+from ..phrases import in_points
 from ..scoring import Evaluated
 from ..stats import paired_difference_seeds
 from ..tables import DIFFERENCE, read_csv
-from ..verdicts import in_points
 
 MEASURES = ("chair_s", "recall")
 COLUMNS = ["method", "against", "metric", "value", "lo", "hi", "n", "seeds"]
