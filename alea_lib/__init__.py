@@ -170,6 +170,7 @@ _EXPORTS = {
     "better_than": "rivals.compare",
     "rivals_of_study": "rivals.compare",
     "claims": "verdicts",
+    "studied": "verdicts",
     "finding": "verdicts",
     "headline": "verdicts",
     "robustness_finding": "verdicts",
