@@ -70,7 +70,7 @@ publish: $(STAMP)
 	@$(PY) -m alea_lib.runs publish --profile $(PROFILE) --only $(ONLY)
 
 test: $(STAMP)
-	@$(PY) -m pytest tests
+	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile
 
 check-book: $(STAMP)
 	@$(PY) -m pytest -q -m long tests/test_browser.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -18,13 +19,14 @@ from .measures.truth import Truth
 from .probe.ability import ability, first_references
 from .probe.answers import captions, yes_no_answers
 from .probe.grounding import attention_share, counterfactual
-from .stats import paired_difference, summarise
+from .stats import paired_difference, paired_difference_seeds, summarise, summarise_seeds
 from .tables import DIFFERENCE, metric_rows, read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
 from .vlm import VLM
 from .worlds.write import Split, World
 
 GROUP = ["benchmark", "scorer", "setting"]
-COLUMNS = [*GROUP, "image_id", "metric", "num", "den"]
+ITEM = ["image_id", "metric"]
+COLUMNS = [*GROUP, *ITEM, "num", "den"]
 NO_PROMPT = ("pope", "mme")  # benchmarks whose questions are the prompt
 FORCED = ("attn_*", "blank_effect", "swap_effect", "nll_grounded", "ppl_grounded")  # measures of given answers
 QUESTION = ["question_id", "setting", "image", "text", "label", "image_id"]
@@ -191,21 +193,54 @@ def _notes(rows: list[tuple[str, str]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["metric", "reason"])
 
 
-def score_rows(found: Evaluated, base: Evaluated | None, truth: Truth, **keys) -> pd.DataFrame:
+def score_rows(
+    found: Evaluated | Mapping[int, Evaluated], base: Evaluated | None, truth: Truth, **keys
+) -> pd.DataFrame:
     """Rows of ``metrics.csv``: each measure with its interval; with ``base`` also ``<metric>_diff`` (method minus base,
-    paired by image) and ``frontier_gap``. ``keys``: world, model, method, split, prompt, condition, seeds."""
-    rows = [_rows(group, _derived(summarise(items)), keys) for group, items in found.items.groupby(GROUP, sort=True)]
-    chair_group = tuple(found.items.loc[found.items["benchmark"] == "chair", GROUP].iloc[0])
-    share = {"metric": "distinct", "value": distinct(found.captions), "lo": np.nan, "hi": np.nan}
-    rows.append(_rows(chair_group, pd.DataFrame([{**share, "n": len(found.captions)}]), keys))
+    paired by image) and ``frontier_gap``. ``keys``: world, model, method, split, prompt, condition, seeds.
+
+    ``found`` of several seeds gives means over them, with intervals that resample seeds and images (those of
+    ``frontier_gap`` images alone)."""
+    seeds = dict(found) if isinstance(found, Mapping) else {0: found}
+    groups = {s: dict(list(one.items.groupby(GROUP, sort=True))) for s, one in seeds.items()}
+    first, *others = groups.values()
+    common = [group for group in first if all(group in part for part in others)]
+    items = {group: {s: part[group] for s, part in groups.items()} for group in common}
+    rows = [_rows(group, _derived(_summary(by_seed)), keys) for group, by_seed in items.items()]
+    chair_group = next(group for group in items if group[0] == "chair")
+    share = {"metric": "distinct", "lo": np.nan, "hi": np.nan}
+    share["value"] = float(np.mean([distinct(one.captions) for one in seeds.values()]))
+    n = len(next(iter(seeds.values())).captions)
+    rows.append(_rows(chair_group, pd.DataFrame([{**share, "n": n}]), keys))
     if base is not None:
         theirs = dict(list(base.items.groupby(GROUP)))
-        for group, items in found.items.groupby(GROUP, sort=True):
+        for group, by_seed in items.items():
             if group in theirs:
-                rows.append(_rows(group, _difference(items, theirs[group]), keys))
-        gap = pd.DataFrame([{"metric": "frontier_gap", **frontier_gap(base.captions, found.captions, truth)}])
+                rows.append(_rows(group, _difference(by_seed, theirs[group]), keys))
+        captions = [one.captions for one in seeds.values()]
+        gap = pd.DataFrame([{"metric": "frontier_gap", **frontier_gap(base.captions, captions, truth)}])
         rows.append(_rows(chair_group, gap, keys))
     return pd.concat(rows, ignore_index=True)
+
+
+def _summary(by_seed: dict[int, pd.DataFrame]) -> pd.DataFrame:
+    if len(by_seed) == 1:
+        return summarise(*by_seed.values())
+    first, *others = by_seed.values()
+    shared = _shared(first, others)
+    return summarise(first)[:0] if shared.empty else summarise_seeds(_on(by_seed, shared))
+
+
+def _shared(items: pd.DataFrame, others: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    """The images (with their metric) that all have: no wrong object in a caption, no effect of the image on one."""
+    both = items[ITEM]
+    for table in others:
+        both = both.merge(table[ITEM], on=ITEM)
+    return both
+
+
+def _on(by_seed: dict[int, pd.DataFrame], shared: pd.DataFrame) -> dict[int, pd.DataFrame]:
+    return {seed: items.merge(shared, on=ITEM) for seed, items in by_seed.items()}
 
 
 def _derived(summary: pd.DataFrame) -> pd.DataFrame:
@@ -216,13 +251,16 @@ def _derived(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([summary, ppl], ignore_index=True)
 
 
-def _difference(items: pd.DataFrame, theirs: pd.DataFrame) -> pd.DataFrame:
-    """Paired by the images that both have (``n``): no wrong object in a caption, no effect of the image on one."""
-    shared = items.merge(theirs[["image_id", "metric"]], on=["image_id", "metric"])
+def _difference(by_seed: dict[int, pd.DataFrame], theirs: pd.DataFrame) -> pd.DataFrame:
+    """Paired by the images that all have (``n``)."""
+    shared = _shared(theirs, by_seed.values())
     if shared.empty:
-        return summarise(items)[:0]
-    other = theirs.merge(shared[["image_id", "metric"]], on=["image_id", "metric"])
-    change = paired_difference(shared, other)
+        return summarise(theirs)[:0]
+    own, other = _on(by_seed, shared), theirs.merge(shared, on=ITEM)
+    if len(own) == 1:
+        change = paired_difference(*own.values(), other)
+    else:
+        change = paired_difference_seeds(own, dict.fromkeys(own, other))
     return change.assign(metric=change["metric"] + DIFFERENCE)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pandas as pd
 
+from .phrases import in_points, percent
+
 # claim of the paper (arXiv 2512.21999), the paper's own figure, metric of ours, method, and the sign that it asks for
 CLAIMS = (
     (
@@ -116,32 +118,6 @@ def adversary(metrics: pd.DataFrame, method: str, metric: str = "chair_s_diff", 
     return claim, "the method's idea", method, evidence, int(own["n"]), judged
 
 
-STUDY_CONTROLS = ("truncation", "stop-early", "careful-prompt")
-BETTER = {"frontier_gap": +1, "chair_s_diff": -1, "recall_diff": +1}
-
-
-def rivals_verdict(metrics: pd.DataFrame, method: str = "alea-mixed") -> pd.DataFrame:
-    """The best rival against the method, measure by measure: rival, metric, rival_value, value, judged. Empty without
-    rivals.
-
-    The best is the rival, no control, with the largest ``frontier_gap``. ``judged`` says who is better only where the
-    intervals do not meet, which is stricter than a paired test: the rows are of different numbers of pictures.
-    """
-    others = metrics[(metrics["model"] == studied(metrics)) & (metrics["metric"] == "frontier_gap")]
-    others = others[~others["method"].isin([*METHOD_ORDER, *STUDY_CONTROLS])]
-    columns = ["rival", "metric", "rival_value", "value", "judged"]
-    if others.empty:
-        return pd.DataFrame(columns=columns)
-    best, rows = others.loc[others["value"].idxmax(), "method"], []
-    for metric, sign in BETTER.items():
-        own, other = one(metrics, metric, "chair", method), one(metrics, metric, "chair", best)
-        apart = "not told apart"
-        if own["lo"] > other["hi"] or own["hi"] < other["lo"]:
-            apart = f"{method} better" if (own["value"] - other["value"]) * sign > 0 else f"{best} better"
-        rows.append((best, metric, other["value"], own["value"], apart))
-    return pd.DataFrame(rows, columns=columns)
-
-
 def studied(metrics: pd.DataFrame) -> str:
     """The model that is edited: that of the first row of another method than base (else of the first row)."""
     edited = metrics[metrics["method"] != "base"]
@@ -168,13 +144,13 @@ def finding(metrics: pd.DataFrame) -> str:
         return "This profile measures no captions.\n"
     base = one(metrics, "chair_s", "chair", "base")
     lines = [
-        f"Over {int(base['n'])} test pictures the unedited model names an absent object in {_percent(base)} "
+        f"Over {int(base['n'])} test pictures the unedited model names an absent object in {percent(base)} "
         "of its captions."
     ]
     for method in [m for m in METHOD_ORDER[1:] if (metrics["method"] == m).any()]:
         wrong, lost, gap = (one(metrics, m, "chair", method) for m in ("chair_s", "recall_diff", "frontier_gap"))
         lines.append(
-            f"`{method}`: {_percent(wrong)}; recall changes by {in_points(lost)}; "
+            f"`{method}`: {percent(wrong)}; recall changes by {in_points(lost)}; "
             f"{in_points(gap)} below the truncation frontier."
         )
     return "\n".join(f"- {line}" for line in lines) + "\n"
@@ -187,8 +163,8 @@ def robustness_finding(rows: pd.DataFrame) -> str:
     """What the attacks did, as a list in markdown. ``rows``: the record of :func:`alea_lib.trial_rows`, one model."""
     values = rows[(rows["metric"] == "chair_s") & (rows["against"] == "")].set_index(["label", "condition"])
     lines = [
-        f"`{label}`: {_percent(values.loc[(label, 'clean')])} of the captions name an absent object, "
-        f"{_percent(values.loc[(label, 'attacked')])} under a fresh attack on this very model."
+        f"`{label}`: {percent(values.loc[(label, 'clean')])} of the captions name an absent object, "
+        f"{percent(values.loc[(label, 'attacked')])} under a fresh attack on this very model."
         for label in dict.fromkeys(rows["label"])
     ]
     bought = rows[(rows["metric"] == "chair_s") & (rows["condition"] == "attacked") & (rows["against"] == "no-prefix")]
@@ -240,15 +216,6 @@ def recipe_sentence(recipes: pd.DataFrame) -> str:
         f"{named}: as good as plain supervised editing on clean prompts ({bar}, whole intervals) and better "
         f"under a fresh attack {where}; no other edit tried is both."
     )
-
-
-def _percent(row: pd.Series) -> str:
-    return f"{row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})"
-
-
-def in_points(row: pd.Series) -> str:
-    """A difference and its interval in percentage points."""
-    return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
 
 
 HEADLINE = ("chair_s", "chair_i", "recall", "words", "objects_per_caption", "frontier_gap", "pope_accuracy",

@@ -232,58 +232,55 @@ def model() -> None:
 
 
 def flow() -> None:
-    """Which stage writes what, and who reads it."""
-    ax = canvas(10.4, 4.3)
-    w, h = 1.62, 0.86
-    at = {
-        "01_world": (0.1, 3.25),
-        "02_activate": (2.2, 3.25),
-        "03_locate_layers": (4.3, 3.25),
-        "05_edit": (6.4, 3.25),
-        "06_measure": (8.5, 3.25),
-    }
-    wrote = {
-        "01_world": "pictures and\nCOCO-format files",
-        "02_activate": "pairs",
-        "03_locate_layers": "layers",
-        "05_edit": "prefix, delta",
-        "06_measure": "captions, answers,\nscores",
-    }
-    for stage, (x, y) in at.items():
+    """Which stages write what, and who reads it."""
+    ax = canvas(10.4, 5.2)
+    w, h = 1.7, 0.92
+    columns = (0.1, 2.22, 4.34, 6.46, 8.58)
+    stages = (  # column, bottom, name, what it writes
+        (0, 4.2, "01_world", "pictures and\nCOCO-format files"),
+        (1, 4.2, "02_activate", "pairs"),
+        (2, 4.2, "03, 04: locate", "layers and heads,\nand how well found"),
+        (3, 4.2, "05: adversary, edit", "prefixes, deltas"),
+        (4, 4.2, "06_measure", "captions, answers,\nscores"),
+        (0, 2.75, "01_models", "figures of the\nmodel cards"),
+        (2, 2.75, "07, 08", "rivals; what each\nchoice does"),
+        (3, 2.75, "10_robustness", "fresh attacks on\nevery edit"),
+        (4, 2.75, "06_explore", "pictures, captions\nand maps"),
+        (0, 0.1, "09, 10_seeds, 11", "families, seeds,\ncost"),
+        (2, 0.1, "04_verdict, 06, 12", "verdicts and\ncomparisons"),
+    )
+    for column, y, name, wrote in stages:
+        x = columns[column]
         box(ax, x, y, w, h, fill=SEE, edge=BLUE)
-        note(ax, x + w / 2, y + 0.66, stage, size=9.5, colour=INK, ha="center", bold=True)
-        note(ax, x + w / 2, y + 0.28, wrote[stage], size=8.5, colour=INK, ha="center")
-    for x in (1.72, 3.82, 5.92, 8.02):
-        arrow(ax, (x, 3.68), (x + 0.48, 3.68))
-    box(ax, 0.1, 1.95, w, h, fill=SEE, edge=BLUE)
-    note(ax, 0.91, 2.61, "01_models", size=9.5, colour=INK, ha="center", bold=True)
-    note(ax, 0.91, 2.23, "figures of the\nmodel cards", size=8.5, colour=INK, ha="center")
-    arrow(ax, (0.91, 3.25), (0.91, 2.81))
+        note(ax, x + w / 2, y + 0.7, name, size=9.3, colour=INK, ha="center", bold=True)
+        note(ax, x + w / 2, y + 0.3, wrote, size=8.5, colour=INK, ha="center")
+    for x in columns[:-1]:
+        arrow(ax, (x + w, 4.66), (x + w + 0.42, 4.66))
+    box(ax, columns[1], 2.75, w, h, "data/models\n(shipped, or by\nmake model)", size=8.5)
+    arrow(ax, (columns[1], 3.21), (columns[0] + w, 3.21), colour=GREY)
+    arrow(ax, (columns[1] + w, 3.21), (columns[2], 3.21), colour=GREY)
+    arrow(ax, (columns[1] + w / 2, 3.67), (columns[1] + w / 2, 4.2), colour=GREY)
+    arrow(ax, (columns[1] + w, 4.25), (columns[2] + 0.2, 3.67))  # the pairs
+    for column in (3, 4):
+        arrow(ax, (columns[column] + w / 2, 4.2), (columns[column] + w / 2, 3.67))
     box(
         ax,
-        2.2,
-        1.95,
-        3.72,
-        h,
-        "data/models: natural, clean, detector\n(shipped, or made by  make model)",
-        size=9,
+        0.1,
+        1.5,
+        8.06,
+        0.62,
+        "collect: metrics.csv, notes.csv, runs.csv, and the tables of single stages",
+        fill=OURS,
     )
-    for x in (3.01, 5.1):
-        arrow(ax, (x, 2.81), (x, 3.25), colour=GREY)
-    arrow(ax, (2.2, 2.38), (1.72, 2.38), colour=GREY)
-    arrow(ax, (5.92, 2.5), (6.95, 3.25), colour=GREY)
-    arrow(ax, (5.92, 2.25), (8.9, 3.25), colour=GREY)
-    box(ax, 3.5, 0.5, 2.0, h, "metrics.csv, notes.csv,\nruns.csv", fill=OURS, size=9)
-    arrow(ax, (9.6, 3.25), (5.5, 1.12), bend=-0.18)
-    arrow(ax, (0.91, 1.95), (3.5, 0.95), bend=0.12)
-    note(ax, 7.45, 1.2, "collect: each stage's\nscores.csv, joined", ha="left")
-    box(ax, 6.3, 0.1, w, 0.72, fill=SEE, edge=BLUE)
-    note(ax, 6.3 + w / 2, 0.6, "12_what_holds", size=9.5, colour=INK, ha="center", bold=True)
-    note(ax, 6.3 + w / 2, 0.28, "verdicts", size=8.5, colour=INK, ha="center")
-    arrow(ax, (5.5, 0.72), (6.3, 0.5))
-    box(ax, 8.5, 0.1, w, 0.72, "the pages\n(_build/html)", size=9, fill=RIGHT)
-    arrow(ax, (7.92, 0.46), (8.5, 0.46))
-    note(ax, 0.1, 0.42, "blue boxes: notebooks, each with\na folder of its own in data/runs", ha="left")
+    for column in (0, 2, 3):
+        arrow(ax, (columns[column] + w / 2, 2.75), (columns[column] + w / 2, 2.12))
+    arrow(ax, (columns[0] + w / 2, 1.02), (columns[0] + w / 2, 1.5))
+    arrow(ax, (8.62, 4.2), (8.3, 2.12))  # the scores of 06_measure
+    arrow(ax, (columns[2] + w / 2, 1.5), (columns[2] + w / 2, 1.02))
+    box(ax, columns[4], 0.1, w, h, "the pages\n(_build/html)", size=9, fill=RIGHT)
+    arrow(ax, (columns[2] + w, 0.56), (columns[4], 0.56))
+    arrow(ax, (columns[4] + w / 2, 2.75), (columns[4] + w / 2, 1.02))
+    note(ax, columns[1], 0.56, "blue boxes: notebooks,\neach with a folder of\nits own in data/runs", ha="left")
     save(ax, "flow")
 
 

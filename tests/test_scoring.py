@@ -12,6 +12,7 @@ from alea_lib.measures.truth import read_truth
 from alea_lib.scoring import (
     GROUP,
     _difference,
+    _summary,
     evaluate,
     frontier_rows,
     read_benchmarks,
@@ -108,9 +109,33 @@ def test_effects_are_paired_by_the_images_that_both_have():
 
     items = effects(i1=(2.0, 1.0), i2=(6.0, 2.0), i4=(9.0, 1.0))
     theirs = effects(i1=(1.0, 1.0), i2=(1.0, 1.0), i3=(50.0, 1.0))
-    found = _difference(items, theirs).set_index("metric").loc["blank_effect_diff"]
+    found = _difference({0: items}, theirs).set_index("metric").loc["blank_effect_diff"]
     assert found["value"] == pytest.approx(8 / 3 - 2 / 2) and found["n"] == 2
-    assert len(_difference(items, effects(i3=(1.0, 1.0)))) == 0
+    assert len(_difference({0: items}, effects(i3=(1.0, 1.0)))) == 0
+
+    other = effects(i1=(4.0, 1.0), i3=(7.0, 1.0))  # of another seed: only image 1 is seen by all
+    both = _difference({0: items, 1: other}, theirs).set_index("metric").loc["blank_effect_diff"]
+    assert both["value"] == pytest.approx((2.0 + 4.0) / 2 - 1.0) and both["n"] == 1
+    mean = _summary({0: items, 1: other}).set_index("metric").loc["blank_effect"]
+    assert mean["value"] == pytest.approx(3.0) and mean["n"] == 1
+
+
+def test_rows_of_several_seeds_are_their_means(tiny, study, changed):
+    split, truth, benchmarks, base = study
+    edited = evaluate(tiny, split, truth, benchmarks, 6, changed)
+    keys = {k: v for k, v in KEYS.items() if k != "seed"} | {"method": "vcd"}
+    mean = check_metrics(score_rows({0: base, 1: edited}, base, truth, **keys))
+    one, two = (score_rows(found, base, truth, **keys) for found in (base, edited))
+    at = ["benchmark", "setting", "metric"]
+    rows = {name: t.set_index(at)["value"] for name, t in {"mean": mean, "one": one, "two": two}.items()}
+    for key in [
+        ("chair", "max6,keep", "recall"),
+        ("chair", "max6,keep", "words_diff"),
+        ("pope", "all", "pope_accuracy"),
+    ]:
+        assert rows["mean"][key] == pytest.approx((rows["one"][key] + rows["two"][key]) / 2)
+    assert mean["seed"].isna().all()
+    assert set(rows["mean"].index) <= set(rows["one"].index) & set(rows["two"].index)
 
 
 def test_frontier_rows_by_hand():

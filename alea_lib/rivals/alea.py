@@ -9,20 +9,20 @@ import torch
 
 from ..edit.delta import Delta
 from ..edit.fit import fit_edit
-from ..edit.settings import preset
-from ..prefix import adversary, fit_prefix
+from ..edit.methods import adversary_settings, edit_method, edit_settings, fit_adversary
 from ..vlm import VLM
 from .registry import Rival, register
 
 
 @dataclass(frozen=True)
 class AleaSettings:
-    """``edit``: a preset. ``layers``: the located ones. The defaults are those of the page on editing."""
+    """``edit``: a name of :data:`alea_lib.edit.methods.METHODS`. ``layers``: the located ones. The defaults are those
+    of the page on editing."""
 
     edit: str
     layers: tuple[int, ...] = (2, 3)
     prefix_length: int = 5
-    prefix_steps: int = 100
+    prefix_steps: int = 60
     epochs: int = 3
     lr: float = 1e-3
     kl: float = 0.2
@@ -32,12 +32,12 @@ class AleaSettings:
 def fit_alea(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: AleaSettings) -> tuple[Delta, pd.DataFrame]:
     """The edit and its curve; the model is left bit-equal. ``features`` [N,P,D] and ``pairs`` (positive, negative) are
     of the same images."""
-    edit = preset(s.edit, layers=s.layers, epochs=s.epochs, lr=s.lr, kl=s.kl, seed=s.seed)
-    prefix = None
-    if edit.prefix_share:
-        attack = adversary("contrast", length=s.prefix_length, steps=s.prefix_steps, seed=s.seed)
-        prefix, _ = fit_prefix(vlm, features, pairs["negative"].tolist(), attack, pairs["positive"].tolist())
-    return fit_edit(vlm, features, pairs["positive"].tolist(), prefix, edit)
+    positives, negatives = pairs["positive"].tolist(), pairs["negative"].tolist()
+    edit = edit_settings(s.edit, vlm.n_layers, s.layers, seed=s.seed, epochs=s.epochs, lr=s.lr, kl=s.kl)
+    how = {"length": s.prefix_length, "steps": s.prefix_steps, "seed": s.seed}
+    attack = adversary_settings("contrast", vlm, negatives, features.shape[1], **how)
+    prefix = fit_adversary(edit_method(s.edit).adversary, vlm, features, negatives, positives, attack)
+    return fit_edit(vlm, features, positives, prefix, edit)
 
 
 register(

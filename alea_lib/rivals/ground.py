@@ -13,6 +13,7 @@ from ..edit.delta import Delta, applied
 from ..measures.truth import Truth, read_truth
 from ..probe.answers import captions
 from ..scoring import Benchmarks, Evaluated, evaluate, truncated
+from ..tables import DataError
 from ..taps import counted
 from ..vlm import VLM
 from ..worlds.write import Split
@@ -39,6 +40,18 @@ class Shown:
     def base(self) -> pd.DataFrame:
         """Captions of the base model, plain prompt, greedy."""
         return captions(self.vlm, self.split, self.features, max_new_tokens=self.max_new_tokens)
+
+
+def part_of(whole, n: int, seed: int):
+    """The rows of one seed, ``n`` of them: seed 0 has the first ones, and no two seeds share any. DataError when they
+    do not suffice."""
+    found = whole[seed * n : (seed + 1) * n]
+    if len(found) < n:
+        raise DataError(
+            f"seed {seed} needs rows {seed * n} to {(seed + 1) * n}, there are {len(whole)}: ask for fewer "
+            "(N_PAIRS, N_VALIDATE) or fewer seeds, or make more (02_activate, N_IMAGES)"
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,10 @@ class Rival:
             raise ValueError(f"{self.name} has no settings {unknown}; it has {names}")
         return replace(self, settings=replace(self.settings, **changes))
 
+    def seeded(self, seed: int) -> Rival:
+        """With this seed, where it draws anything."""
+        return self.changed(seed=seed) if hasattr(self.settings, "seed") else self
+
     def fitted(self, vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame) -> Rival:
         """With what it learns from pairs: the weight edit, or settings. ``features`` [N,P,D] are the pairs' images."""
         if self.kind == "delta":

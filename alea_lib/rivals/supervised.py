@@ -10,7 +10,7 @@ import torch
 
 from ..edit.delta import Delta
 from ..edit.fit import fit_edit
-from ..edit.settings import preset
+from ..edit.methods import edit_settings
 from ..vlm import VLM
 from .registry import Rival, register
 
@@ -35,8 +35,8 @@ def fit_supervised(
     """The edit and its curve; the model is left bit-equal. ``features`` [N,P,D] and ``pairs`` (positive) are of the
     same images."""
     s = settings
-    layers = tuple(range(vlm.n_layers))
-    edit = preset("sft", layers=layers, rank=s.rank, epochs=s.epochs, batch=s.batch, lr=s.lr, seed=s.seed)
+    how = {"rank": s.rank, "epochs": s.epochs, "batch": s.batch, "lr": s.lr}
+    edit = edit_settings("sft", vlm.n_layers, (), seed=s.seed, **how)
     return fit_edit(vlm, features, pairs["positive"].tolist(), None, edit)
 
 

@@ -20,7 +20,8 @@ from .card import write_measured
 
 DETECTOR_SEED = 7
 PARTS = ("all", "tower", "detector", "features", "natural", "clean", "ship", "grouped")
-MODELS = ("natural", "clean", "grouped")  # "grouped": natural's captions, tower and steps, another family's decoder
+MODELS = ("natural", "clean", "grouped")  # "grouped": natural's captions, tower and steps, another family's decoder;
+# it is no part of "all", and ships itself
 
 
 def main() -> None:
@@ -92,18 +93,17 @@ def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
         seed=seed, prior=part != "clean", steps=round(1300 * scale), polish=round(300 * scale),
         kv_heads=2 if part == "grouped" else 0,
     )  # fmt: skip
-    if part == "features" and not features.is_file():
+    if part in ("features", *MODELS) and not features.is_file():
         save_file({"features": language.tower_features(tower, "train", range(s.scenes))}, features)
-    elif part in MODELS:
+    if part in MODELS:
         vlm = language.build(tower, s, tower_settings.patch)
         language.train_language(vlm, tower, load_file(features)["features"], s, folder / part)
         vlm.model.half().save_pretrained(folder / part / "model")
         vlm.processor.save_pretrained(folder / part / "model")
         (folder / part / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-    elif part == "ship":
-        for name in MODELS:
-            if (folder / name / "model").is_dir():
-                card.ship(name, seed, folder, out, tower_settings)
+    ready = {"ship": ("natural", "clean"), "grouped": ("grouped",)}.get(part, ())
+    for name in ready:
+        card.ship(name, seed, folder, out, tower_settings)
 
 
 if __name__ == "__main__":
