@@ -55,7 +55,7 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
         path.unlink(missing_ok=True)
     label = places.Job(source.stem, variant).label
     started = time.time()
-    print(f"stage {label} started", flush=True)
+    say(f"stage {label} started")
     values = {**given, "PROFILE": profile, **({"VARIANT": variant} if variant else {})}
     try:
         with heartbeat(label, partial):
@@ -74,7 +74,7 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
         seen = f"; see {failed.relative_to(places.root())}" if failed.exists() else ""
         raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{seen}") from error
     os.replace(partial, final)
-    print(f"stage {label} finished in {time.time() - started:.0f} s", flush=True)
+    say(f"stage {label} finished in {time.time() - started:.0f} s")
     return final
 
 
@@ -157,7 +157,7 @@ def heartbeat(label: str, partial: Path, every: float = 30.0):
                 continue  # papermill is writing it at this moment
             ran = sum(c.get("execution_count") is not None for c in cells)
             now, seconds = min(ran + 1, len(cells)), time.time() - started
-            print(f"stage {label}: cell {now} of {len(cells)}, {seconds:.0f} s", flush=True)
+            say(f"stage {label}: cell {now} of {len(cells)}, {seconds:.0f} s")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -166,6 +166,11 @@ def heartbeat(label: str, partial: Path, every: float = 30.0):
     finally:
         done.set()
         thread.join()
+
+
+def say(text: str) -> None:
+    """A line in one write: stages that run side by side share standard output, and unbuffered lines would mix."""
+    print(f"{text}\n", end="", flush=True)
 
 
 def brief(error: Exception) -> str:
