@@ -104,13 +104,23 @@ def check_metrics(rows: pd.DataFrame) -> pd.DataFrame:
         raise DataError(f"columns are {list(rows.columns)}, must be {list(METRIC_COLUMNS)} in this order")
     for column in REQUIRED_KEYS:
         _refuse(rows, rows[column].fillna("").astype(str) == "", f"empty {column}")
-    for column, allowed in ENUMERATIONS.items():
+    for column in ENUMERATIONS:
+        allowed = _allowed(column, rows[column])
         bad = ~rows[column].fillna("").isin(allowed if column in REQUIRED_KEYS else ("", *allowed))
         _refuse(rows, bad, f"{column} must be one of {', '.join(allowed)}")
     _refuse(rows, ~rows["metric"].map(is_metric), "unknown metric name; add it to METRIC_NAMES if it is new")
     _refuse(rows, rows.duplicated(list(METRIC_KEYS), keep=False), "the same key twice")
     _check_values(rows)
     return rows
+
+
+def _allowed(column: str, values: pd.Series) -> tuple[str, ...]:
+    names = ENUMERATIONS[column]
+    if column == "method" and not values.isin(names).all():
+        from .rivals.registry import rival_names  # one of these may be new; only then, since it brings torch
+
+        names = (*names, *sorted(rival_names() - set(names)))
+    return names
 
 
 def _check_values(rows: pd.DataFrame) -> None:

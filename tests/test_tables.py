@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from alea_lib.rivals import registry
 from alea_lib.tables import (
     METRIC_COLUMNS,
     METRIC_KEYS,
@@ -97,6 +98,15 @@ def test_rows_have_the_contracts_columns():
 def test_broken_rows_are_refused(changes, message):
     with pytest.raises(DataError, match=message):
         check_metrics(rows(**changes))
+
+
+def test_rows_of_a_new_rival_may_enter(monkeypatch):
+    table = rows(method="mine")
+    with pytest.raises(DataError, match="method must be one of"):
+        check_metrics(table)
+    registry.rival_names()
+    monkeypatch.setitem(registry.ROWS, "mine", registry.ROWS["vcd"])
+    assert check_metrics(table) is table
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,12 @@ def rival(name: str, **changes) -> Rival:
     return ROWS[name].changed(**changes)
 
 
+def rival_names() -> set[str]:
+    """The names of all rivals; rows of ``metrics.csv`` may bear them."""
+    _import_all()
+    return set(ROWS)
+
+
 def rival_table() -> pd.DataFrame:
     """All rivals as a table: method, kind, settings (default), grid (number of settings), description, source."""
     _import_all()
