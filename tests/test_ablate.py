@@ -122,6 +122,23 @@ def test_a_trial_of_ablations(bench, tiny, bits, monkeypatch):
     assert "`dropout`" in ablate.ablation_finding(rows)
 
 
+def test_the_finding_says_what_is_shown_and_what_is_not():
+    made = [
+        ("none", "clean", "", 0.02, 0.01, 0.03),
+        ("tuned", "clean", "none", -0.002, -0.01, 0.01),
+        ("tuned", "attacked", "none", -0.4, -0.5, -0.3),
+        ("first", "clean", "none", 0.0, 0.0, 0.0),
+    ]
+    rows = pd.DataFrame(made, columns=["level", "condition", "against", "value", "lo", "hi"])
+    rows = rows.assign(factor="prefix", metric="chair_s", n=300, seeds=5)
+    assert ablate.ablation_finding(rows).splitlines() == [
+        "- Is it the prefix? (`prefix`, 5 seeds, 300 pictures) none 2.0% (1.0% to 3.0%).",
+        "  - Shown (against none): tuned under attack -40.0 points (-50.0 to -30.0).",
+        "  - Not shown (against none): tuned.",
+        "  - Equal on every picture (against none): first.",
+    ]
+
+
 def test_labels_come_from_their_own_pairs(bench, tiny, tiny_world, tmp_path):
     pairs, activate = bench.pairs.assign(positive="a bowl."), tiny_world.split("activate")
     other = EditBench(tiny, pairs, bench.fresh, activate, bench.test, bench.truth, SHORT, tmp_path / "other")

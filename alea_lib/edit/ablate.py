@@ -9,6 +9,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..measures.frontier import frontier_gap
+from ..phrases import in_points, percent
 from ..probe.ability import ability, first_references
 from ..tables import DataError, read_parquet, write_parquet
 from .settings import CONTROLS, control_layers
@@ -214,18 +215,37 @@ def _gaps(mine: list[Level], benches: Mapping[str, EditBench]) -> pd.DataFrame:
 
 
 def ablation_finding(rows: pd.DataFrame) -> str:
-    """What came out, as a list in markdown: one line a factor, each level's CHAIRs (clean; attacked where it is)."""
-    values = rows[(rows["metric"] == "chair_s") & (rows["against"] == "")]
+    """What came out, as a list in markdown: one line a factor, each level's CHAIRs (clean; attacked where it is), then
+    which differences to the factor's reference are shown (interval without zero), and which are not."""
+    wrong = rows[rows["metric"] == "chair_s"]
+    changes = wrong[wrong["against"] != ""]
     lines = []
-    for factor, part in values.groupby("factor", sort=False):
+    for factor, part in wrong[wrong["against"] == ""].groupby("factor", sort=False):
         said = []
         for (level, condition), row in part.set_index(["level", "condition"]).iterrows():
             under = " under attack" if condition == "attacked" else ""
-            said.append(f"{level}{under} {row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})")
+            said.append(f"{level}{under} {percent(row)}")
         seeds, n = int(part["seeds"].iloc[0]), int(part["n"].iloc[0])
         question = FACTORS[factor].question if factor in FACTORS else "The unedited model"
-        lines.append(f"{question} (`{factor}`, {seeds} seed{'s' * (seeds > 1)}, {n} pictures) {'; '.join(said)}.")
-    return "\n".join(f"- {line}" for line in lines) + "\n"
+        line = f"{question} (`{factor}`, {seeds} seed{'s' * (seeds > 1)}, {n} pictures) {'; '.join(said)}."
+        lines += [f"- {line}", *(f"  - {verdict}" for verdict in _verdicts(changes[changes["factor"] == factor]))]
+    return "\n".join(lines) + "\n"
+
+
+def _verdicts(changes: pd.DataFrame) -> list[str]:
+    """Sentences on one factor's differences: shown, not shown, and levels that no picture tells apart."""
+    said: dict[str, list[str]] = {"Shown": [], "Not shown": [], "Equal on every picture": []}
+    for _, row in changes.iterrows():
+        level = f"{row['level']}{' under attack' if row['condition'] == 'attacked' else ''}"
+        if row["value"] == row["lo"] == row["hi"] == 0:
+            said["Equal on every picture"].append(level)
+        elif row["lo"] > 0 or row["hi"] < 0:
+            said["Shown"].append(f"{level} {in_points(row)}")
+        else:
+            said["Not shown"].append(level)
+    return [
+        f"{word} (against {changes['against'].iloc[0]}): {'; '.join(found)}." for word, found in said.items() if found
+    ]
 
 
 def published_ablations(run, folder: str, rows: pd.DataFrame) -> pd.DataFrame:
