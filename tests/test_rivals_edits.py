@@ -8,9 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from alea_lib import rival
 from alea_lib.edit.delta import applied, load_delta, save_delta
+from alea_lib.edit.fit import fit_edit
+from alea_lib.edit.methods import edit_method, edit_settings, fit_adversary
 from alea_lib.locate.run import locate_layers
+from alea_lib.prefix import adversary
 from alea_lib.rivals import dpo
+from alea_lib.rivals.alea import WHAT
 from alea_lib.rivals.dpo import CURVE, DpoSettings, fit_dpo, preference_loss
 from alea_lib.rivals.nullu import NulluSettings, fit_nullu
 from alea_lib.rivals.scale import at_depth, head_count
@@ -22,7 +27,8 @@ SHORT = DpoSettings(epochs=2, batch=3, lr=1e-3)
 
 @pytest.fixture(scope="module")
 def pairs(told):
-    return pd.DataFrame({"positive": told, "negative": told[1:] + told[:1], "wrong": [["dog"]] * 6})
+    wrong = [["knife"], ["cup"], ["car"], ["bus"], ["scissors"], ["cup"]]
+    return pd.DataFrame({"positive": told, "negative": told[1:] + told[:1], "wrong": wrong})
 
 
 def log_p(vlm, seen, texts):
@@ -175,3 +181,40 @@ def test_supervised_edits_touch_all_linear_matrices_of_the_decoder(tiny, seen, p
     assert len(delta.factors) == (4 * 7 if rank else 0)
     assert (curve["kl"] == 0).all() and not curve["prefixed"].any()
     assert curve["nll"].iloc[-1] < curve["nll"].iloc[0]
+
+
+# ---- the edits of this study
+
+
+@pytest.mark.parametrize("name", sorted(WHAT))
+def test_edits_of_the_study_are_made_where_and_how_their_names_say(tiny, seen, pairs, bits, name):
+    before, last = bits(tiny), tiny.n_layers - 1
+    short = rival(name, prefix_steps=1, epochs=1, n_locate=3).placed((0, 1))
+    assert short.settings.layers == (0, 1)
+    delta = short.fitted(tiny, seen, pairs).delta
+    assert bits(tiny) == before and all(w.abs().max() > 0 for w in delta.weights.values())
+    at = {layer: tiny.address("down_proj", layer) for layer in range(tiny.n_layers)}
+    if name == "heads":
+        assert 1 <= len(delta.weights) <= 2 and all(n.endswith("o_proj") for n in delta.weights)
+        assert all((w != 0).any(0).sum() <= 2 * w.shape[1] // tiny.n_heads for w in delta.weights.values())
+        return
+    places = {"last-layer": {at[last]}, "all-layers": set(at.values())}
+    if name in ("alea-official", "random-layers"):
+        assert set(delta.weights) <= set(at.values())
+        assert name != "random-layers" or len(delta.weights) == 2
+    else:
+        assert set(delta.weights) == places.get(name, {at[0], at[1]})
+    assert bool(delta.factors) == (name == "lora")
+
+
+def test_rows_of_the_study_differ_by_their_adversary_and_place_alone(tiny, seen, pairs):
+    """Each equals the edit that the trial of notebook 10 makes of the same settings."""
+    how = {"seed": 3, "epochs": 1, "lr": 1e-3, "kl": 0.2}
+    for name in ("no-prefix", "random-prefix"):
+        edit = edit_settings(name, tiny.n_layers, (1,), **how)
+        tuned = adversary("contrast", length=5, steps=2, seed=3)
+        answers = pairs["negative"].tolist(), pairs["positive"].tolist()
+        prefix = fit_adversary(edit_method(name).adversary, tiny, seen, *answers, tuned)
+        want, _ = fit_edit(tiny, seen, pairs["positive"].tolist(), prefix, edit)
+        found = rival(name, prefix_steps=2, epochs=1).placed((1,)).seeded(3).fitted(tiny, seen, pairs).delta
+        assert all(torch.equal(found.weights[n], w) for n, w in want.weights.items())

@@ -12,11 +12,12 @@ from ..phrases import in_points
 from ..scoring import Evaluated
 from ..stats import paired_difference_seeds
 from ..tables import DIFFERENCE, read_csv
+from .alea import WHAT
 
 MEASURES = ("chair_s", "recall")
 COLUMNS = ["method", "against", "metric", "value", "lo", "hi", "n", "seeds"]
 CONTROLS = ("truncation", "stop-early", "careful-prompt")
-STUDY = ("alea-mixed", "alea-corrected", "no-prefix")  # the study's own edits are no rivals of themselves
+STUDY = tuple(WHAT)  # the study's own edits are no rivals of themselves
 BASE = "base"
 Found = Mapping[str, Mapping[int, Evaluated]]  # method -> seed -> what it said
 

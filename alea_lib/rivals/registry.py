@@ -75,6 +75,10 @@ class Rival:
         """With this seed, where it draws anything."""
         return self.changed(seed=seed) if hasattr(self.settings, "seed") else self
 
+    def placed(self, layers: tuple[int, ...]) -> Rival:
+        """With these located layers, where it is an edit of this study."""
+        return self.changed(layers=tuple(layers)) if hasattr(self.settings, "edit") else self
+
     def fitted(self, vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame) -> Rival:
         """With what it learns from pairs: the weight edit, or settings. ``features`` [N,P,D] are the pairs' images."""
         if self.kind == "delta":
