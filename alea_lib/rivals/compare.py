@@ -105,13 +105,15 @@ def rival_finding(rows: pd.DataFrame, method: str) -> str:
 
 def published_rivals(run, folder: str) -> pd.DataFrame:
     """The committed rows of data/results/<folder>/rivals.csv, which ``run`` then has read; empty if there are none.
-    Columns of :func:`rival_differences`, ``model`` and ``source`` (the folder)."""
+    Columns of :func:`rival_differences`, ``model`` and ``source`` (the folder). A long comparison may be split into
+    variants, which all hold the study's method: such rows stand once."""
     from ..runs.places import root
 
     name = f"data/results/{folder}/rivals.csv"
     if not (root() / name).exists():
         return pd.DataFrame(columns=[*COLUMNS, "model", "source"])
-    return read_csv(run.uses(name)).assign(source=folder)
+    rows = read_csv(run.uses(name)).drop_duplicates([*COLUMNS[:3], "model"])
+    return rows.assign(source=folder)
 
 
 def rivals_of_study(run, folder: str) -> pd.DataFrame:
