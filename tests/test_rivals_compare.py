@@ -3,7 +3,17 @@
 import pandas as pd
 import pytest
 
-from alea_lib import against, best_rival, better_than, part_of, rival, rival_beside, rival_differences, rival_finding
+from alea_lib import (
+    against,
+    best_rival,
+    better_than,
+    part_of,
+    published_rivals,
+    rival,
+    rival_beside,
+    rival_differences,
+    rival_finding,
+)
 from alea_lib.measures.truth import Truth
 from alea_lib.scoring import Evaluated
 from alea_lib.tables import DataError
@@ -79,6 +89,25 @@ def test_nothing_to_compare_says_nothing():
     assert rival_beside(pd.DataFrame(columns=["method", "against", "metric", "value"]), "alea-mixed").empty
     with pytest.raises(KeyError, match="no method 'opera'"):
         against(FOUND, "opera")
+
+
+def test_the_studys_method_stands_once_where_several_runs_share_it(tmp_path, monkeypatch, rows):
+    monkeypatch.setenv("ALEA_ROOT", str(tmp_path))
+
+    class Run:
+        def uses(self, name):
+            return tmp_path / name
+
+    assert published_rivals(Run(), "long").empty
+    first = rows.assign(run_id="1", model="m")
+    again = first[(first["method"] == "alea-mixed")].assign(run_id="2")
+    other = first.assign(run_id="3", model="n")
+    folder = tmp_path / "data" / "results" / "long"
+    folder.mkdir(parents=True)
+    pd.concat([first, again, other]).to_csv(folder / "rivals.csv", index=False)
+    found = published_rivals(Run(), "long")
+    assert len(again) and found["run_id"].tolist() == ["1"] * len(rows) + ["3"] * len(rows)
+    assert set(found["source"]) == {"long"}
 
 
 def test_seeds_share_no_rows():
