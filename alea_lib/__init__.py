@@ -129,6 +129,7 @@ _EXPORTS = {
     "ablation_rows": "edit.ablate",
     "ablation_finding": "edit.ablate",
     "published_ablations": "edit.ablate",
+    "beside_published": "edit.ablate",
     "export_adapter": "edit.export",
     "export_checkpoint": "edit.export",
     "write_edit_card": "edit.export",

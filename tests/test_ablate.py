@@ -156,15 +156,14 @@ def test_published_tables_come_first(tmp_path, monkeypatch):
     rows = pd.DataFrame({"factor": ["place", "kl"], "against": ["", ""], "value": [1.0, 2.0]})
 
     class Run:
-        profile = "live"
-
         def uses(self, name):
             return tmp_path / name
 
-    assert ablate.published_ablations(Run(), "long", rows)["source"].tolist() == ["live", "live"]
+    none = ablate.published_ablations(Run(), "long")
+    assert ablate.beside_published(none, rows, "live")["source"].tolist() == ["live", "live"]
     folder = tmp_path / "data" / "results" / "long"
     folder.mkdir(parents=True)
     rows[:1].assign(value=9.0).to_csv(folder / "ablations.csv", index=False)
-    found = ablate.published_ablations(Run(), "long", rows).set_index("factor")
+    found = ablate.beside_published(ablate.published_ablations(Run(), "long"), rows, "live").set_index("factor")
     assert found.loc["place", ["source", "value"]].tolist() == ["long", 9.0] and found.loc["kl", "source"] == "live"
     assert found.loc["place", "against"] == ""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -431,8 +432,12 @@ def test_single_stages_are_published_beside_what_is_there(repository):
     pd.testing.assert_frame_equal(after["metrics"], before["metrics"])
     assert sorted(after["runs"]["stage"]) == sorted(before["runs"]["stage"])  # renewed, not doubled
     assert after["robustness"]["run_id"].tolist() == [run.run_id] and run.run_id in set(after["runs"]["run_id"])
-    publish("toy", ("02_edit",))
+    shutil.rmtree(repository / "data" / "runs" / "toy" / "02_edit-strong")
+    with pytest.raises(MissingStage, match="02_edit-strong"):
+        publish("toy", ("02_edit",))
+    publish("toy", ("02_edit-weak",))  # one variant alone
     assert len(read_csv(target / "robustness.csv")) == 1
+    assert sorted(read_csv(target / "runs.csv")["stage"]) == sorted(before["runs"]["stage"])
 
 
 def test_large_tables_are_published_small(repository, monkeypatch):

@@ -248,15 +248,19 @@ def _verdicts(changes: pd.DataFrame) -> list[str]:
     ]
 
 
-def published_ablations(run, folder: str, rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of data/results/<folder>/ablations.csv, which ``run`` then has read, and of ``rows`` the factors that it
-    lacks; column ``source`` says which."""
+def published_ablations(run, folder: str) -> pd.DataFrame:
+    """The committed rows of data/results/<folder>/ablations.csv, which ``run`` then has read: call it before the run's
+    id is used. Empty if there are none; column ``source`` is the folder."""
     from ..runs.places import root
     from ..tables import read_csv
 
     name = f"data/results/{folder}/ablations.csv"
-    live = rows.assign(source=run.profile)
     if not (root() / name).exists():
-        return live
-    kept = read_csv(run.uses(name)).fillna({"against": ""}).assign(source=folder)
-    return pd.concat([kept, live[~live["factor"].isin(kept["factor"])]], ignore_index=True)
+        return pd.DataFrame(columns=["factor", "source"])
+    return read_csv(run.uses(name)).fillna({"against": ""}).assign(source=folder)
+
+
+def beside_published(published: pd.DataFrame, rows: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The published rows, and of ``rows`` (of this ``source``) the factors that they lack."""
+    live = rows[~rows["factor"].isin(published["factor"])].assign(source=source)
+    return pd.concat([published, live], ignore_index=True) if len(published) else live

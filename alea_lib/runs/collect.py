@@ -76,13 +76,14 @@ def _join_with_run(folders: list[Path], name: str) -> pd.DataFrame:
 def publish(profile: str, stages: tuple[str, ...] = ()) -> Path:
     """Copy a profile's joined tables to data/results/<profile>, where they are committed; returns that folder.
 
-    ``stages``: publish the finished runs of these stages alone (all their variants); what other runs have published
-    stays, and rows of an earlier run of the same stage go. Tables larger than LARGE bytes become Parquet, a twentieth
-    of the size. RunError for a stage that the profile does not run.
+    ``stages``: publish the finished runs of these stages alone, of all their variants or of those that are named
+    ("10_seeds-s1"); what other runs have published stays, and rows of an earlier run of the same stage and variant
+    go. Tables larger than LARGE bytes become Parquet, a twentieth of the size. RunError for a stage that the profile
+    does not run.
     """
     jobs = [job for job in places.plan(profile) if not job.after_collect]
     target = places.root() / "data" / "results" / profile
-    if unknown := sorted(set(stages) - {job.stage for job in jobs}):
+    if unknown := sorted(set(stages) - {name for job in jobs for name in (job.stage, job.label)}):
         raise RunError(
             f"profile {profile} runs no {', '.join(unknown)}; it has {', '.join({j.stage: 0 for j in jobs})}"
         )
@@ -92,7 +93,7 @@ def publish(profile: str, stages: tuple[str, ...] = ()) -> Path:
             raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
         found, old = tables(finished(profile, jobs)), {}
     else:
-        found = tables(finished(profile, [job for job in jobs if job.stage in stages]))
+        found = tables(finished(profile, [job for job in jobs if {job.stage, job.label} & set(stages)]))
         old = {name: _published(target, name) for name in found}
     for name, table in _merged(old, found).items():
         _publish_table(name, table, target)
