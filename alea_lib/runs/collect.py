@@ -14,7 +14,7 @@ RUN_COLUMNS = (
     "run_id", "stage", "git_commit", "dirty", "started_utc", "seconds", "device", "peak_mib", "threads",
     "torch", "transformers", "params_json", "inputs_sha256", "sources_sha256",
 )  # fmt: skip
-LARGE = 250_000  # bytes of a table
+LARGE = 500_000  # bytes of a table
 JOINED = ("localisation", "robustness", "ablations", "rivals", "tuning", "timing-cost")  # of single stages
 NAMES = ("metrics", "notes", "runs", *JOINED)
 
