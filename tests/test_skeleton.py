@@ -8,6 +8,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -15,6 +16,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from alea_lib.runs.book import toc_files
+from alea_lib.runs.guard import long_cells
 from alea_lib.runs.imports import code_cells, parameters
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,6 +137,12 @@ def test_no_file_holds_a_path_of_one_machine():
         ):
             hit = places.search(path.read_text(encoding="utf-8", errors="ignore"))
             assert not hit, f"{path.relative_to(ROOT)} holds {hit.group()}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_cells_are_short_before_the_book_asks_for_it(path):
+    """The book's guard would say so only after the whole study."""
+    assert not list(long_cells(nbformat.read(path, as_version=4)))
 
 
 def test_notebooks_are_valid_json_with_unique_cell_ids():
