@@ -2,6 +2,7 @@
 
 import ast
 import json
+import posixpath
 import re
 import subprocess
 import sys
@@ -137,6 +138,22 @@ def test_no_file_holds_a_path_of_one_machine():
         ):
             hit = places.search(path.read_text(encoding="utf-8", errors="ignore"))
             assert not hit, f"{path.relative_to(ROOT)} holds {hit.group()}"
+
+
+def test_pages_refer_to_what_the_book_holds():
+    """Sphinx would say so only after the whole study."""
+    pages = set(toc_files(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())))
+    heads = re.findall(r"^(\S.*)\n  \S", (ROOT / "book" / "glossary.md").read_text(), flags=re.MULTILINE)
+    terms = {term for head in heads for term in head.split(", ")} | set(heads)
+    cited = set(re.findall(r"^@\w+\{(\S+),", (ROOT / "book" / "references.bib").read_text(), flags=re.MULTILINE))
+    held = {"doc": pages, "term": terms, "cite:p": cited, "cite:t": cited}
+    assert all(held.values())
+    role_of = re.compile(r"\{(doc|term|cite:[pt])\}`(?:[^`<]*<)?([^`>]+)")
+    for path in [*NOTEBOOKS, *(ROOT / "book").glob("*.md"), *(ROOT / "alea_lib").rglob("*.py")]:
+        folder = "/notebooks" if path.suffix == ".ipynb" else "/"
+        for role, name in role_of.findall(path.read_text(encoding="utf-8")):
+            names = [posixpath.join(folder, name).lstrip("/")] if role == "doc" else name.split(",")
+            assert set(names) <= held[role], f"{path.relative_to(ROOT)}: no {name} for {{{role}}}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
