@@ -152,7 +152,7 @@ def test_pages_refer_to_what_the_book_holds():
     for path in [*NOTEBOOKS, *(ROOT / "book").glob("*.md"), *(ROOT / "alea_lib").rglob("*.py")]:
         folder = "/notebooks" if path.suffix == ".ipynb" else "/"
         for role, name in role_of.findall(path.read_text(encoding="utf-8")):
-            names = [posixpath.join(folder, name).lstrip("/")] if role == "doc" else name.split(",")
+            names = [posixpath.normpath(posixpath.join(folder, name)).lstrip("/")] if role == "doc" else name.split(",")
             assert set(names) <= held[role], f"{path.relative_to(ROOT)}: no {name} for {{{role}}}"
 
 
