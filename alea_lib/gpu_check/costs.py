@@ -5,21 +5,24 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..edit.delta import applied, delta_of
 from ..edit.fit import fit_edit
 from ..edit.settings import EditSettings
 from ..locate.run import locate_heads
 from ..locate.settings import LocateSettings
-from ..measures.parse import mentions
 from ..prefix import PrefixSettings, fit_prefix, random_prefix
+from ..stats import RESAMPLES, interval
 from ..tables import write_csv
 from ..tail import capture
 from ..taps import full_weight
@@ -28,12 +31,16 @@ from ..worlds.scenes import objects
 from .settings import LABEL, Size
 from .shape import compute_dtype, edited_layers, random_llava
 
+AGAIN = 5  # times that an act is done for its time
+FEWEST_TURNS, TURNS_END = 5, 45.0  # of generation; no turn begins after so many seconds
 COLUMNS = [
     "what",
     "setting",
     "seconds",
     "unit",
     "ratio",
+    "lo",
+    "hi",
     "repeats",
     "peak_gib",
     "reserved_gib",
@@ -49,18 +56,35 @@ class Meter:
     def __init__(self, device: torch.device):
         self.device = device
 
+    def clock(self) -> float:
+        """The time, once the GPU has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def seconds(self, act: Callable) -> float:
+        """Time alone. Memory that earlier acts took stays with the allocator: asking for it anew would be timed too."""
+        start = self.clock()
+        act()
+        return self.clock() - start
+
+    @contextmanager
+    def steps(self) -> Iterator[list[float]]:
+        """A list that receives the time at the end of each step of an optimiser."""
+        times: list[float] = []
+        hook = register_optimizer_step_post_hook(lambda *_: times.append(self.clock()))
+        try:
+            yield times
+        finally:
+            hook.remove()
+
     def __call__(self, act: Callable) -> dict[str, float]:
         gc.collect()
-        cuda = self.device.type == "cuda"
-        if cuda:
+        if cuda := self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
-        start = time.perf_counter()
-        act()
-        if cuda:
-            torch.cuda.synchronize(self.device)
-        seconds = time.perf_counter() - start
+        seconds = self.seconds(act)
         if not cuda:
             return {"seconds": seconds}
         peaks = (torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device))
@@ -80,7 +104,10 @@ def made_pairs(n: int, sentences: int, seed: int = 0) -> pd.DataFrame:
 
 
 class Bench:
-    """A model with images and pairs; each ``measure_*`` gives rows of the table."""
+    """A model with images and pairs; each of ``STEPS`` gives rows of the table.
+
+    Kernels and parsers are loaded at their first use, so what is done first is never what is timed.
+    """
 
     def __init__(self, size: Size, device: torch.device):
         self.size, self.meter = size, Meter(device)
@@ -91,14 +118,6 @@ class Bench:
         self.pairs = made_pairs(size.items, size.sentences)
         self.features = self.vlm.features(self.images)
         self.positives, self.negatives = self.pairs["positive"].tolist(), self.pairs["negative"].tolist()
-        self._warm_up()
-
-    def _warm_up(self) -> None:
-        """Kernels are loaded at their first use, and so is the parser of captions."""
-        mentions(self.positives[0])
-        self.write(2)
-        once = EditSettings(layers=edited_layers(self.size), prefix_share=0.0, epochs=1, batch=1, lr=1e-5, fast=False)
-        fit_edit(self.vlm, self.features[:1], self.positives[:1], None, once)
 
     def write(self, new_tokens: int) -> None:
         options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
@@ -108,58 +127,59 @@ class Bench:
         return [{**self.built, "setting": "NF4, layer by layer", "unit": "model"}]
 
     def see(self) -> list[dict]:
-        cost = self.meter(lambda: self.vlm.features(self.images))
-        return [_each(cost, len(self.images), "image", f"{len(self.images)} images")]
+        n = len(self.images)
+        return [self._again(lambda: self.vlm.features(self.images), n, "image", f"{n} images")]
 
     def generate(self) -> list[dict]:
         """Base and edited in turn, the same modules unquantised in both; which goes first alternates."""
         names = [self.vlm.address("down_proj", i) for i in edited_layers(self.size)]
         delta = delta_of(self.vlm, {n: full_weight(self.vlm, n) * 1.01 for n in names}, {})
-        found: dict[str, list[dict]] = {"base": [], "edited": []}
+        kinds, new_tokens = {"base": None, "edited": delta}, self.size.new_tokens
+
+        def taken(kind: str, measure: Callable):
+            with applied(self.vlm, kinds[kind]):
+                return measure(lambda: self.write(new_tokens))
+
+        costs = {kind: taken(kind, self.meter) for kind in kinds}
+        times, started = {kind: [] for kind in kinds}, time.perf_counter()
         for turn in range(self.size.turns):
-            for kind in ("base", "edited")[:: 1 if turn % 2 == 0 else -1]:
-                with applied(self.vlm, delta if kind == "edited" else None):
-                    found[kind].append(self.meter(lambda: self.write(self.size.new_tokens)))
-        rows = []
-        for kind, costs in found.items():
-            middle = {key: float(np.median([c[key] for c in costs])) for key in costs[0]}
-            rows.append(_each(middle, self.size.new_tokens, f"token of {self.size.written} answers", kind))
-        ratios = [e["seconds"] / b["seconds"] for b, e in zip(found["base"], found["edited"])]
-        low, ratio, high = np.quantile(ratios, (0.25, 0.5, 0.75))
-        note = f"median of paired turns, quartiles {low:.3f} to {high:.3f}"
-        rows.append({"setting": "edited / base", "ratio": ratio, "note": note})
-        return [{**row, "repeats": self.size.turns} for row in rows]
+            if turn >= FEWEST_TURNS and time.perf_counter() - started > TURNS_END:
+                break
+            for kind in list(kinds)[:: 1 if turn % 2 == 0 else -1]:
+                times[kind].append(taken(kind, self.meter.seconds))
+        print("seconds of each turn:", {kind: [round(t, 4) for t in each] for kind, each in times.items()})
+        unit = f"token of {self.size.written} answers"
+        rows = [
+            {**costs[kind], **middle(np.divide(each, new_tokens)), "unit": unit, "setting": kind}
+            for kind, each in times.items()
+        ]
+        ratio = middle(np.divide(times["edited"], times["base"]), "ratio")
+        return [*rows, {**ratio, "setting": "edited / base", "note": "median of paired turns"}]
 
     def capture(self) -> list[dict]:
         """What enters the first edited layer, read once for each item."""
         vlm, first = self.vlm, edited_layers(self.size)[0]
         batch = vlm.encode(self.features, vlm.prompt("plain"), self.positives)
         embeds = vlm.embed(batch)
-        cost = self.meter(lambda: capture(vlm, first, embeds, batch.mask, batch.labels))
-        return [_each(cost, len(batch.ids), "item", f"before layer {first}, {batch.ids.shape[1]} positions")]
+        setting = f"before layer {first}, {batch.ids.shape[1]} positions"
+        act = partial(capture, vlm, first, embeds, batch.mask, batch.labels)
+        return [self._again(act, len(batch.ids), "item", setting)]
 
     def prefix(self) -> list[dict]:
-        """Later steps: a run of one step is taken off."""
-
-        def run(steps: int):
-            settings = PrefixSettings(steps=steps, batch=self.size.batch)
-            return self.meter(lambda: fit_prefix(self.vlm, self.features, self.negatives, settings))
-
-        return [self._steps(run, 1, 1 + self.size.prefix_steps, f"batch {self.size.batch}")]
+        settings = PrefixSettings(steps=1 + self.size.prefix_steps, batch=self.size.batch)
+        act = partial(fit_prefix, self.vlm, self.features, self.negatives, settings)
+        return [self._steps(act, 1, f"batch {self.size.batch}")]
 
     def edit(self, layers: tuple[int, ...], fast: bool) -> list[dict]:
-        """Later epochs: a run of one epoch, which also reads what is kept, is taken off."""
+        """The first epoch, which also reads what is kept, is not counted."""
         size, prefix = self.size, random_prefix(self.vlm, PrefixSettings())
-        settings = {"layers": layers, "prefix_share": 1.0, "batch": size.batch, "lr": 1e-5, "fast": fast}
-
-        def run(steps: int):
-            edit = EditSettings(**settings, epochs=steps * size.batch // size.items)
-            return self.meter(lambda: fit_edit(self.vlm, self.features, self.positives, prefix, edit))
-
-        epoch = size.items // size.batch
+        settings = EditSettings(
+            layers=layers, prefix_share=1.0, epochs=1 + size.epochs, batch=size.batch, lr=1e-5, fast=fast
+        )
         loop = "frozen part reused" if fast else "plain"
         setting = f"{loop}, down_proj of layers {layers[0]}-{layers[-1]}, batch {size.batch}, AdamW"
-        return [self._steps(run, epoch, epoch * (1 + size.epochs), setting)]
+        act = partial(fit_edit, self.vlm, self.features, self.positives, prefix, settings)
+        return [self._steps(act, size.items // size.batch, setting)]
 
     def edit_plain(self) -> list[dict]:
         return self.edit(edited_layers(self.size), fast=False)
@@ -180,21 +200,31 @@ class Bench:
 
     def _heads(self, name: str, settings: LocateSettings) -> list[dict]:
         few = self.pairs.head(self.size.located)
-        cost = self.meter(lambda: locate_heads(self.vlm, self.features[: len(few)], few, [name], settings))
+        act = partial(locate_heads, self.vlm, self.features[: len(few)], few, [name], settings)
         setting = f"{name}, all {self.vlm.n_layers * self.vlm.n_heads} heads, positions: {settings.sites}"
-        return [_each(cost, len(few), "pair", setting)]
+        return [self._again(act, len(few), "pair", setting)]
 
-    def _steps(self, run: Callable, few: int, many: int, setting: str) -> dict:
-        short, long = run(few), run(many)
-        cost = {**long, "seconds": long["seconds"] - short["seconds"]}
-        return {
-            **_each(cost, many - few, "step", setting),
-            "note": f"the first run, {few} steps: {short['seconds']:.2f} s",
-        }
+    def _again(self, act: Callable, n: int, unit: str, setting: str) -> dict:
+        """An act that does ``n`` things at once, done once for its memory and then again for its time."""
+        cost = self.meter(act)
+        times = np.array([self.meter.seconds(act) for _ in range(AGAIN)])
+        return {**cost, **middle(times / n), "unit": unit, "setting": setting}
+
+    def _steps(self, act: Callable, first: int, setting: str) -> dict:
+        """A step after the first ones: these load kernels and read what is kept."""
+        with self.meter.steps() as times:
+            cost = self.meter(act)
+        rest = np.diff(times)[first - 1 :]
+        note = f"whole run, {len(times)} steps: {cost['seconds']:.2f} s"
+        return {**cost, **middle(rest), "unit": "step", "setting": setting, "note": note}
 
 
-def _each(cost: dict, n: int, unit: str, setting: str) -> dict:
-    return {**cost, "seconds": cost["seconds"] / n, "unit": unit, "setting": setting, "repeats": n}
+def middle(values: np.ndarray, name: str = "seconds") -> dict[str, float]:
+    """Median of repeated times, its 95 % interval by bootstrap, and how many there are."""
+    rows = np.random.default_rng(0).integers(0, len(values), (RESAMPLES, len(values)))
+    value = float(np.median(values))
+    lo, hi = interval(value, np.median(np.asarray(values)[rows], axis=1))
+    return {name: value, "lo": lo, "hi": hi, "repeats": len(values)}
 
 
 # in the order of what must not be missed

@@ -18,13 +18,16 @@ def bars(out: Path, device: str) -> pd.DataFrame:
     """One row a bar: pass, fail, or not judged (memory and time of a CPU say nothing). No figure is a failure."""
     tests, costs, told = _read(out / "tests.csv"), _read(out / "costs.csv"), _read(out / "captions.json")
     bad = f"{(tests['outcome'] != 'passed').sum()} of {len(tests)}" if len(tests) else ""
-    for column in {"peak_gib", "ratio"} & set(costs):  # empty throughout, they come back as texts
+    for column in {"peak_gib", "ratio", "lo", "hi"} & set(costs):  # empty throughout, they come back as texts
         costs[column] = pd.to_numeric(costs[column])
     edits = costs[costs["what"].isin(["edit, plain", "edit, fast"])] if len(costs) else costs
     whole = len(edits) == 2 and edits["peak_gib"].notna().all()
     peak = edits["peak_gib"].max() if whole else None
-    ratio = costs["ratio"].dropna() if len(costs) else costs
-    ratio = ratio.iloc[0] if len(ratio) else None
+    ratios = costs[costs["ratio"].notna()] if len(costs) else costs
+    ratio, about = None, ""
+    if len(ratios):
+        row = ratios.iloc[0]
+        ratio, about = row["ratio"], f" ({row['lo']:.3f} to {row['hi']:.3f})" if pd.notna(row["lo"]) else ""
     share = told.get("share") if isinstance(told, dict) else None
     rows = [
         ("tests on the device that did not pass", "0", bad, bad.startswith("0 ")),
@@ -37,7 +40,7 @@ def bars(out: Path, device: str) -> pd.DataFrame:
         (
             "time of generation, edited / base",
             f"<= {OVERHEAD:g}",
-            _text(ratio),
+            _text(ratio) + about,
             ratio is not None and ratio <= OVERHEAD,
         ),
         (

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 LABEL = "mechanics and cost; random weights, no quality"
 FILES = ("environment.json", "tests.csv", "costs.csv", "captions.json", "parts.csv", "bars.csv", "log.txt", "README.md")
-PARTS = {"environment": 40, "tests": 80, "costs": 165, "captions": 70}  # seconds that each may take
+PARTS = {"environment": 30, "tests": 70, "costs": 200, "captions": 60}  # seconds that each may take
 
 PEAK_GIB = 12.0  # an edit of four down-projections, at most
 OVERHEAD = 1.02  # time of generation, edited over base, at most
@@ -30,7 +30,7 @@ class Size:
     epochs: int
     written: int  # images described at once
     new_tokens: int
-    turns: int  # of generation, base and edited each
+    turns: int  # of generation, base and edited each, at most
     located: int  # pairs whose heads are attributed
     captions: int  # of the small world
 
@@ -38,7 +38,7 @@ class Size:
 SIZES = {
     size.name: size
     for size in (
-        Size("7b", 336, (1024, 4096, 24, 16), (4096, 11008, 32, 32), 32064, 4, 8, 2, 20, 6, 2, 4, 48, 9, 1, 500),
+        Size("7b", 336, (1024, 4096, 24, 16), (4096, 11008, 32, 32), 32064, 4, 8, 2, 20, 12, 4, 4, 16, 30, 1, 500),
         Size("tiny", 56, (32, 64, 2, 2), (64, 128, 4, 4), 512, 2, 4, 2, 4, 4, 2, 2, 6, 2, 1, 12),
     )
 }
