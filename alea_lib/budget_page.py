@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,14 @@ import pandas as pd
 
 from . import budget
 from .budget import Plan, Shape, read_shape
+from .gpu_check.settings import SIZES
 from .runs.places import root
 from .workload import CARDS, Costs
 
 MODELS = {"7B": "llava-hf/llava-1.5-7b-hf", "13B": "llava-hf/llava-1.5-13b-hf"}
-COSTS = "costs.csv"  # of `make gpu-check`, kept in a folder of data/results
+COSTS = "costs*.csv"  # of `make gpu-check`, kept in a folder of data/results
+CHECKED_TOKENS, CHECKED_ANSWER = 696, 105  # positions of an item there (image, prompt, answer), and of its answer
+MEASURED = ["act", "how", "median time or ratio (95 % interval)", "n", "peak GiB", "computed", "reserved", "card"]
 NOT_YET = "Not measured yet: no table of a GPU stands in `data/results`."
 
 
@@ -122,9 +126,60 @@ def time_table() -> pd.DataFrame:
 
 
 def measured(folder: Path) -> pd.DataFrame | None:
-    """The tables of costs that were measured on GPUs, one below the other; None where there are none."""
-    found = sorted(folder.glob(f"*/{COSTS}"))
-    return pd.concat([pd.read_csv(p).assign(table=p.parent.name) for p in found]) if found else None
+    """What `make gpu-check` found on GPUs, beside the memory that is computed for the same step; None without any."""
+    found = []
+    for path in sorted(folder.glob(f"*/{COSTS}"), key=lambda p: (p.parent.name, len(p.name))):
+        card = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))["gpu"]
+        found += [_measured_row(row, card) for row in pd.read_csv(path).to_dict("records")]
+    return pd.DataFrame(found, columns=MEASURED) if found else None
+
+
+def _measured_row(row: dict, card: str) -> tuple:
+    """Texts of one row of a table of costs; a step that was left out or failed shows its note."""
+    known = {key: value for key, value in row.items() if value == value}
+    n, peak, between = f"{known.get('repeats', 1):.0f}", known.get("peak_gib"), ""
+    if "ratio" in known:
+        told, show = f"{known['ratio']:.3f}", "{:.3f}".format
+    elif "seconds" in known:
+        factor, unit = (1, "s") if known["seconds"] >= 1 else (1000, "ms")
+        show = lambda x: f"{factor * x:.3g}"  # noqa: E731
+        told = f"{show(known['seconds'])} {unit} per {known['unit']}"
+    else:
+        return row["what"], known.get("note", ""), *[""] * 5, card
+    if "lo" in known:
+        between = f" ({show(known['lo'])} to {show(known['hi'])})"
+    peaks = checked_peaks()
+    computed = peaks.get(f"{row['what']}, {row['setting']}", peaks.get(row["what"])) if peak else None
+    gib = ["" if n is None else f"{n:.2f}" for n in (peak, computed and computed / 2**30, known.get("reserved_gib"))]
+    return row["what"], row["setting"], told + between, n, *gib, card
+
+
+def checked_peaks() -> dict[str, int]:
+    """Bytes that are computed for the steps of `make gpu-check`, with its sizes."""
+    s, size = read_shape(MODELS["7B"]), SIZES["7b"]
+    plan = Plan(
+        edited=size.edited,
+        first=s.layers - size.edited,
+        unquantised=size.edited,
+        batch=size.batch,
+        tokens=CHECKED_TOKENS,
+        answer=CHECKED_ANSWER,
+        answers=1,
+        write_batch=size.written,
+        max_new_tokens=size.new_tokens,
+    )
+    low = budget.edit_peak(s, replace(plan, first=(s.layers - size.edited) // 2))
+    edit = budget.edit_peak(s, plan)
+    return {
+        "build": budget.model_bytes(s, True, size.edited),
+        "edit, plain": edit,
+        "edit, fast": edit,
+        "edit in the middle, fast": low,
+        "prefix": budget.prefix_peak(s, plan),
+        "generation, base": budget.write_peak(s, plan),
+        # the matrices that the edit's stand in for are kept
+        "generation, edited": budget.write_peak(s, plan) + size.edited * budget.matrices(s)["down_proj"] * plan.each,
+    }
 
 
 def _markdown(table: pd.DataFrame) -> str:

@@ -1,8 +1,8 @@
 """How long the stages of a study take on a card, by arithmetic: what is computed over what the card can do.
 
-Nothing here was measured. Time is the larger of operations over the card's rate and bytes moved over its bandwidth,
-both scaled by a share that real code reaches; the shares, the lengths of texts and the counts of passes are assumptions
-and named as such. Imports no torch.
+Time is the largest of operations over the card's rate, bytes moved over its bandwidth, both scaled by a share that real
+code reaches, and the host's time to start the kernels. The last was measured (``make gpu-check``); the shares, the
+lengths of texts and the counts of passes are assumptions and named as such. Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from .budget import Shape, matrices, parameters
 
 COMPUTE, TRAFFIC = 0.35, 0.6  # shares of the card's rates that are reached: assumed
 PACKED, READ, WRITTEN = 0.5, 2.0, 2.0  # bytes a number: NF4 read, unpacked to half precision and read again
+HOST = 1.6e-3  # seconds of the host a decoder layer in 4 bits and pass: data/results/gpu-h200, 51.6 ms over 32 layers
 ANSWER, LONGEST, PROMPT, SHORT = 130, 1.5, 40, 4  # tokens of an answer, a batch's longest over that, a prompt, a yes/no
 TEXTS = 2  # a pair has two answers
 
@@ -68,7 +69,7 @@ class Costs:
         s = self.shape
         attention = 4 * tokens * tokens * s.width * s.layers
         operations = sequences * (2 * parameters(s)["decoder"] * tokens + attention) * share
-        return self._seconds(operations, self._traffic * share)
+        return max(self._seconds(operations, self._traffic * share), HOST * s.layers * share)
 
     @property
     def length(self) -> int:

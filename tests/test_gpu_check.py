@@ -18,7 +18,7 @@ from alea_lib.gpu_check import __main__ as command_line
 from alea_lib.gpu_check import costs, shape
 from alea_lib.gpu_check.parts import agreement
 from alea_lib.gpu_check.report import bars, write_report
-from alea_lib.gpu_check.settings import FILES, LABEL, PARTS, SIZES
+from alea_lib.gpu_check.settings import FILES, KERNELS, LABEL, PARTS, RATIO, SIZES
 from alea_lib.locate.tokens import suspects
 from alea_lib.runs import root
 from alea_lib.tables import read_csv, write_csv
@@ -160,28 +160,39 @@ def test_generation_ends_in_time_on_a_slow_card(monkeypatch):
     assert fake_bench([1.0] * 99).generate()[-1]["repeats"] == costs.FEWEST_TURNS
 
 
-def test_steps_are_timed_one_by_one_and_the_first_ones_left_out(monkeypatch):
-    bench = costs.Bench.__new__(costs.Bench)
-    bench.meter = costs.Meter(CPU)
-    clock = iter([0.0, 7.0, 14.0, 14.5, 15.0, 16.0, 16.0])  # start, five steps of which two load kernels, end
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
-    weight = torch.nn.Parameter(torch.ones(1))
-    optimiser = torch.optim.SGD([weight], lr=0.1)
+def test_on_a_gpu_the_kernels_are_timed_alone_too(monkeypatch):
+    from contextlib import nullcontext
 
-    def act():
-        for _ in range(5):
-            optimiser.step()
+    monkeypatch.setattr(costs, "edited_layers", lambda size: (3,))
+    monkeypatch.setattr(costs, "applied", lambda vlm, delta: nullcontext())
+    bench = fake_bench([])
+    taken = iter([(7, 1.0), (7, 1.01), (7, 2.02), (7, 2.0), (7, 1.0), (7, 1.0), (7, 1.0), (7, 1.0), (7, 1.0), (7, 1.0)])
 
-    row = bench._steps(act, 2, "batch 2")
-    assert (row["seconds"], row["lo"], row["hi"], row["repeats"]) == (0.5, 0.5, 1.0, 3)
-    assert row["note"] == "whole run, 5 steps: 16.00 s"
-    optimiser.step()  # the clock would be empty, were it still read
+    class Card:
+        device = torch.device("cuda")
+        seconds = staticmethod(lambda act: 3.0)
+        kernels = staticmethod(lambda act: next(taken))
+
+        def __call__(self, act):
+            return {"seconds": 3.0, "peak_gib": 6.0}
+
+    bench.meter = Card()
+    rows = {row["setting"]: row for row in bench.generate()}
+    assert list(rows) == ["base", "edited", RATIO, "base" + KERNELS, "edited" + KERNELS, RATIO + KERNELS]
+    assert rows["edited"]["peak_gib"] == 6 and "peak_gib" not in rows["edited" + KERNELS]
+    alone = rows[RATIO + KERNELS]
+    assert (alone["ratio"], alone["lo"], alone["hi"]) == (1.0, 1.0, pytest.approx(1.01)) and alone["repeats"] == 5
 
 
-def test_an_act_is_done_for_its_memory_and_then_for_its_time():
-    bench = fake_bench([9.0, 4.0, 2.0, 6.0, 8.0, 2.0])
-    row = bench._again(lambda: None, 2, "pair", "all heads")
-    assert (row["seconds"], row["repeats"], row["lo"] >= 1.0, row["hi"] <= 4.0) == (2.0, costs.AGAIN, True, True)
+def test_only_what_runs_on_the_gpu_counts_as_a_kernel(monkeypatch):
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    kinds = torch.autograd.DeviceType
+    events = [SimpleNamespace(device_type=k, device_time_total=t) for k, t in ((kinds.CPU, 9e6), (kinds.CUDA, 2e6))]
+    run = SimpleNamespace(events=lambda: [*events, events[1]])
+    monkeypatch.setattr("torch.profiler.profile", lambda activities: nullcontext(run))
+    assert costs.Meter(CPU).kernels(lambda: None) == (2, 4.0)
 
 
 # ---- bars and report
@@ -191,7 +202,7 @@ def written(out: Path, peak=9.0, ratio=1.01, share=0.996, outcome="passed") -> P
     rows = [{"what": w, "peak_gib": peak} for w in ("edit, plain", "edit, fast")]
     rows += [
         {"what": "edit in the middle, fast", "peak_gib": 99.0},
-        {"what": "generation", "ratio": ratio, "lo": 0.99, "hi": 1.04},
+        {"what": "generation", "setting": RATIO, "ratio": ratio, "lo": 0.99, "hi": 1.04},
     ]
     write_csv(pd.DataFrame(rows, columns=costs.COLUMNS), out / "costs.csv")
     write_csv(pd.DataFrame({"test": ["a", "b"], "outcome": ["passed", outcome]}), out / "tests.csv")
@@ -218,7 +229,12 @@ def test_no_figure_is_no_pass(tmp_path):
 
 
 def test_the_bar_of_a_ratio_shows_its_interval(tmp_path):
-    assert bars(written(tmp_path), "cuda")["found"][2] == "1.010 (0.990 to 1.040)"
+    assert bars(written(tmp_path, ratio=1.1), "cuda")["found"][2] == "1.100 (0.990 to 1.040)"
+    table = read_csv(tmp_path / "costs.csv")
+    alone = {"what": "generation", "setting": RATIO + KERNELS, "ratio": 1.001, "lo": 0.999, "hi": 1.003}
+    write_csv(pd.concat([table, pd.DataFrame([alone])]), tmp_path / "costs.csv")
+    row = bars(tmp_path, "cuda").iloc[2]
+    assert (row["found"], row["verdict"]) == ("1.001 (0.999 to 1.003)", "pass"), "the host's time is left out"
 
 
 def test_memory_and_time_of_a_cpu_are_not_judged(tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..edit.delta import applied, delta_of
@@ -28,11 +29,12 @@ from ..tail import capture
 from ..taps import full_weight
 from ..worlds.describe import noun_phrase
 from ..worlds.scenes import objects
-from .settings import LABEL, Size
+from .settings import KERNELS, LABEL, RATIO, Size
 from .shape import compute_dtype, edited_layers, random_llava
 
 AGAIN = 5  # times that an act is done for its time
-FEWEST_TURNS, TURNS_END = 5, 45.0  # of generation; no turn begins after so many seconds
+FEWEST_TURNS, TURNS_END = 5, 25.0  # of generation; no turn begins after so many seconds
+KERNEL_TURNS = 5
 COLUMNS = [
     "what",
     "setting",
@@ -77,6 +79,16 @@ class Meter:
             yield times
         finally:
             hook.remove()
+
+    def kernels(self, act: Callable) -> tuple[int, float]:
+        """How many kernels an act starts on the GPU, and the seconds that they take: the host's time is left out."""
+        from torch.profiler import ProfilerActivity, profile
+
+        with profile(activities=[ProfilerActivity.CUDA]) as run:
+            act()
+            self.clock()
+        own = [event.device_time_total for event in run.events() if event.device_type == DeviceType.CUDA]
+        return len(own), sum(own) / 1e6
 
     def __call__(self, act: Callable) -> dict[str, float]:
         gc.collect()
@@ -141,20 +153,34 @@ class Bench:
                 return measure(lambda: self.write(new_tokens))
 
         costs = {kind: taken(kind, self.meter) for kind in kinds}
-        times, started = {kind: [] for kind in kinds}, time.perf_counter()
-        for turn in range(self.size.turns):
+        times = self._turns(lambda kind: taken(kind, self.meter.seconds), self.size.turns)
+        rows = self._compared(times, "")
+        rows = [{**costs.get(row["setting"], {}), **row} for row in rows]
+        if self.meter.device.type == "cuda":
+            found = self._turns(lambda kind: taken(kind, self.meter.kernels), KERNEL_TURNS)
+            rows += self._compared({kind: [s for _, s in each] for kind, each in found.items()}, KERNELS)
+            print("kernels:", {kind: sorted({n for n, _ in each}) for kind, each in found.items()})
+        return rows
+
+    def _turns(self, act: Callable[[str], object], turns: int) -> dict[str, list]:
+        """What base and edited gave in so many turns, or in as many as there was time for."""
+        found, started = {"base": [], "edited": []}, time.perf_counter()
+        for turn in range(turns):
             if turn >= FEWEST_TURNS and time.perf_counter() - started > TURNS_END:
                 break
-            for kind in list(kinds)[:: 1 if turn % 2 == 0 else -1]:
-                times[kind].append(taken(kind, self.meter.seconds))
-        print("seconds of each turn:", {kind: [round(t, 4) for t in each] for kind, each in times.items()})
+            for kind in list(found)[:: 1 if turn % 2 == 0 else -1]:
+                found[kind].append(act(kind))
+        return found
+
+    def _compared(self, times: dict[str, list[float]], what: str) -> list[dict]:
+        """Rows of base, edited and their ratio."""
         unit = f"token of {self.size.written} answers"
         rows = [
-            {**costs[kind], **middle(np.divide(each, new_tokens)), "unit": unit, "setting": kind}
+            {**middle(np.divide(each, self.size.new_tokens)), "unit": unit, "setting": kind + what}
             for kind, each in times.items()
         ]
         ratio = middle(np.divide(times["edited"], times["base"]), "ratio")
-        return [*rows, {**ratio, "setting": "edited / base", "note": "median of paired turns"}]
+        return [*rows, {**ratio, "setting": RATIO + what, "note": "median of paired turns"}]
 
     def capture(self) -> list[dict]:
         """What enters the first edited layer, read once for each item."""

@@ -8,6 +8,9 @@ LABEL = "mechanics and cost; random weights, no quality"
 FILES = ("environment.json", "tests.csv", "costs.csv", "captions.json", "parts.csv", "bars.csv", "log.txt", "README.md")
 PARTS = {"environment": 30, "tests": 70, "costs": 200, "captions": 60}  # seconds that each may take
 
+RATIO = "edited / base"
+KERNELS = ", kernels alone"  # the GPU's own time, without the host's between its kernels
+
 PEAK_GIB = 12.0  # an edit of four down-projections, at most
 OVERHEAD = 1.02  # time of generation, edited over base, at most
 EQUAL = 0.99  # share of captions that are the CPU's, at least
