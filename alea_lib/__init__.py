@@ -179,6 +179,7 @@ _EXPORTS = {
     "recipe_sentence": "verdicts",
     "side_by_side": "verdicts",
     "rows_of": "verdicts",
+    "with_interval": "phrases",
     "frontier_line": "verdicts",
     "frontier_points": "verdicts",
     "attacked": "firstpage",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from .phrases import in_points, percent
+from .phrases import in_points, percent, with_interval
 
 # claim of the paper (arXiv 2512.21999), the paper's own figure, metric of ours, method, and the sign that it asks for
 CLAIMS = (
@@ -233,8 +233,7 @@ def side_by_side(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | 
     ``setting``: which of a measure's settings, where it has several; by default the overall one.
     """
     rows = rows_of(metrics, wanted, setting)
-    interval = rows.apply(lambda r: f" [{r['lo']:.3f}, {r['hi']:.3f}]" if pd.notna(r["lo"]) else "", axis=1)
-    table = rows.assign(text=rows["value"].map("{:.3f}".format) + interval)
+    table = rows.assign(text=with_interval(rows))
     table = table.pivot(index="metric", columns="method", values="text")
     columns = [m for m in METHOD_ORDER if m in table.columns]
     return table.reindex(index=[m for m in wanted if m in table.index], columns=columns).fillna("")

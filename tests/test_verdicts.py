@@ -231,6 +231,11 @@ def test_a_value_without_interval_stands_alone():
     assert side_by_side(metrics, ("distinct",)).loc["distinct", "base"] == "0.900"
 
 
+def test_large_values_have_one_decimal():
+    metrics = pd.DataFrame([row("mme_total", "mme", "base", 502.5, 490.07, 516.207, setting="all")])
+    assert side_by_side(metrics, ("mme_total",)).loc["mme_total", "base"] == "502.5 [490.1, 516.2]"
+
+
 def test_side_by_side_takes_the_setting_that_is_asked_for():
     rows = [
         row("pope_f1", "pope", "base", 0.9, 0.8, 1.0),
