@@ -11,10 +11,13 @@ import pandas as pd
 from . import budget
 from .budget import Plan, Shape, read_shape
 from .gpu_check.settings import SIZES
-from .runs.places import root
+from .runs.checks import read_needs
+from .runs.places import load_profile, root
+from .runs.preview import preview
 from .workload import CARDS, Costs
 
 MODELS = {"7B": "llava-hf/llava-1.5-7b-hf", "13B": "llava-hf/llava-1.5-13b-hf"}
+PROFILES = ("llava-1.5-7b", "llava-1.5-7b-t4")
 COSTS = "costs*.csv"  # of `make gpu-check`, kept in a folder of data/results
 CHECKED_TOKENS, CHECKED_ANSWER = 696, 105  # positions of an item there (image, prompt, answer), and of its answer
 MEASURED = ["act", "how", "median time or ratio (95 % interval)", "n", "peak GiB", "computed", "reserved", "card"]
@@ -29,6 +32,7 @@ def markdown() -> str:
         "Keys, values, references and files": store_table(),
         "Largest memory of a step": peak_table(),
         "Seconds, computed": time_table(),
+        "The whole study": study_table(),
     }
     text = "".join(f"### {title}\n\n{_markdown(table)}\n" for title, table in parts.items())
     found = measured(root() / "data" / "results")
@@ -123,6 +127,17 @@ def time_table() -> pd.DataFrame:
     }
     rows = {label: [f"{act(costs[c]):.0f}" for c in cards] for label, act in acts.items()}
     return _table(rows, [CARDS[c].name for c in cards])
+
+
+def study_table() -> pd.DataFrame:
+    """What `make study PROFILE=... DRY=1` adds up to: hours of all stages, largest memory, and what is downloaded."""
+    rows = []
+    for profile in PROFILES:
+        found = preview(profile)
+        card = CARDS[read_needs(profile, load_profile(profile)).card]
+        hours, peak = found.stages["seconds"].sum() / 3600, found.stages["gpu_gib"].max()
+        rows.append((profile, card.name, f"{hours:.1f}", f"{peak:.1f}", f"{found.downloads['bytes'].sum() / 1e9:.1f}"))
+    return pd.DataFrame(rows, columns=["profile", "reckoned for", "hours", "GPU, GiB", "downloads, GB"])
 
 
 def measured(folder: Path) -> pd.DataFrame | None:

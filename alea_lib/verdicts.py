@@ -57,7 +57,7 @@ UNTESTED = (
     (
         "Inference costs nothing more",
         "no overhead",
-        "by construction: same modules, shapes and dtypes (checked by a test)",
+        "by construction: same modules, shapes and dtypes (checked by a test; timed on a GPU: chapter What it takes)",
     ),
     ("It generalises to other model families", "open in the paper", "cannot be tested on one model"),
     ("People prefer the captions", "open in the paper", "not answered here"),

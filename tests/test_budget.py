@@ -245,6 +245,17 @@ def test_the_page_is_made_of_what_is_computed(monkeypatch, tmp_path):
     assert budget_page.measured(tmp_path) is None
 
 
+def test_the_page_sums_up_what_a_dry_run_lists():
+    from alea_lib import budget_page
+    from alea_lib.runs.preview import preview
+
+    table, found = budget_page.study_table().set_index("profile"), preview("llava-1.5-7b")
+    assert table["reckoned for"].tolist() == ["NVIDIA RTX 3090", "NVIDIA T4"]
+    hours = found.stages["seconds"].sum() / 3600
+    assert table.loc["llava-1.5-7b", "hours"] == f"{hours:.1f}" and hours > 5
+    assert (table["GPU, GiB"].astype(float) < [24, 16]).all() and (table["downloads, GB"].astype(float) > 13).all()
+
+
 def test_measured_costs_stand_beside_the_computed(tmp_path):
     from alea_lib import budget_page
     from alea_lib.gpu_check.costs import COLUMNS

@@ -202,7 +202,7 @@ def test_published_tables_know_whether_their_code_has_changed(repository):
     assert guard.published("long") == {"01_make-big": "current"}
     toy.write_notebook(repository, "01_make", "SIZE = None", "A = 2")
     assert guard.published("long") == {"01_make-big": "changed"}
-    assert "**stale**: the code of 01_make-big has changed" in guard.published_mark("long")
+    assert "**older than the code**: what 01_make read" in guard.published_mark("long")
     publish()
     assert guard.published("long") == {"01_make-big": "unknown"}
     assert "not known" in guard.published_mark("long") and "not known" in guard.published_mark("no-runs-table")

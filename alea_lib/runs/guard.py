@@ -174,7 +174,11 @@ def published_mark(profile: str) -> str:
     of = {state: [run for run, found in states.items() if found == state] for state in ("changed", "unknown")}
     where = f"The tables of `data/results/{profile}`"
     if of["changed"]:
-        return f"{where} are **stale**: the code of {', '.join(of['changed'])} has changed since they were made."
+        stages = ", ".join(dict.fromkeys(run.split("-")[0] for run in of["changed"]))
+        return (
+            f"{where} are **older than the code**: what {stages} read of the library has changed since, and they were "
+            f"not computed anew. `make publish PROFILE={profile}` does that (hours)."
+        )
     if of["unknown"]:
         return f"{where} do not say which code made them, so whether it has changed since is not known."
     return f"{where} were made by the code as it is."
