@@ -195,6 +195,30 @@ def test_only_what_runs_on_the_gpu_counts_as_a_kernel(monkeypatch):
     assert costs.Meter(CPU).kernels(lambda: None) == (2, 4.0)
 
 
+def test_steps_are_timed_one_by_one_and_the_first_ones_left_out(monkeypatch):
+    bench = costs.Bench.__new__(costs.Bench)
+    bench.meter = costs.Meter(CPU)
+    clock = iter([0.0, 7.0, 14.0, 14.5, 15.0, 16.0, 16.0])  # start, five steps of which two load kernels, end
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(clock))
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimiser = torch.optim.SGD([weight], lr=0.1)
+
+    def act():
+        for _ in range(5):
+            optimiser.step()
+
+    row = bench._steps(act, 2, "batch 2")
+    assert (row["seconds"], row["lo"], row["hi"], row["repeats"]) == (0.5, 0.5, 1.0, 3)
+    assert row["note"] == "whole run, 5 steps: 16.00 s"
+    optimiser.step()  # the clock would be empty, were it still read
+
+
+def test_an_act_is_done_for_its_memory_and_then_for_its_time():
+    bench = fake_bench([9.0, 4.0, 2.0, 6.0, 8.0, 2.0])
+    row = bench._again(lambda: None, 2, "pair", "all heads")
+    assert (row["seconds"], row["repeats"], row["lo"] >= 1.0, row["hi"] <= 4.0) == (2.0, costs.AGAIN, True, True)
+
+
 # ---- bars and report
 
 
