@@ -125,8 +125,12 @@ def time_table() -> pd.DataFrame:
         "100 captions written": lambda c: c.writes(100),
         "100 yes/no questions": lambda c: c.writes(100, 4),
     }
-    rows = {label: [f"{act(costs[c]):.0f}" for c in cards] for label, act in acts.items()}
+    rows = {label: [_seconds(act(costs[c])) for c in cards] for label, act in acts.items()}
     return _table(rows, [CARDS[c].name for c in cards])
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def study_table() -> pd.DataFrame:
