@@ -11,8 +11,7 @@ import pandas as pd
 from . import budget
 from .budget import Plan, Shape, read_shape
 from .gpu_check.settings import SIZES
-from .runs.checks import read_needs
-from .runs.places import load_profile, root
+from .runs.places import root
 from .runs.preview import preview
 from .workload import CARDS, Costs
 
@@ -138,39 +137,43 @@ def study_table() -> pd.DataFrame:
     rows = []
     for profile in PROFILES:
         found = preview(profile)
-        card = CARDS[read_needs(profile, load_profile(profile)).card]
         hours, peak = found.stages["seconds"].sum() / 3600, found.stages["gpu_gib"].max()
-        rows.append((profile, card.name, f"{hours:.1f}", f"{peak:.1f}", f"{found.downloads['bytes'].sum() / 1e9:.1f}"))
+        size = found.downloads["bytes"].sum() / 1e9
+        rows.append((profile, CARDS[found.card].name, f"{hours:.1f}", f"{peak:.1f}", f"{size:.1f}"))
     return pd.DataFrame(rows, columns=["profile", "reckoned for", "hours", "GPU, GiB", "downloads, GB"])
 
 
 def measured(folder: Path) -> pd.DataFrame | None:
     """What `make gpu-check` found on GPUs, beside the memory that is computed for the same step; None without any."""
-    found = []
+    found, peaks = [], checked_peaks()
     for path in sorted(folder.glob(f"*/{COSTS}"), key=lambda p: (p.parent.name, len(p.name))):
         card = json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))["gpu"]
-        found += [_measured_row(row, card) for row in pd.read_csv(path).to_dict("records")]
+        found += [(*_measured_row(row, peaks), card) for row in pd.read_csv(path).to_dict("records")]
     return pd.DataFrame(found, columns=MEASURED) if found else None
 
 
-def _measured_row(row: dict, card: str) -> tuple:
+def _measured_row(row: dict, peaks: dict[str, int]) -> tuple[str, ...]:
     """Texts of one row of a table of costs; a step that was left out or failed shows its note."""
-    known = {key: value for key, value in row.items() if value == value}
-    n, peak, between = f"{known.get('repeats', 1):.0f}", known.get("peak_gib"), ""
+    known = {key: value for key, value in row.items() if pd.notna(value)}
+    what, setting = row["what"], known.get("setting", "")
     if "ratio" in known:
-        told, show = f"{known['ratio']:.3f}", "{:.3f}".format
+        key, factor, digits, unit = "ratio", 1, ".3f", ""
     elif "seconds" in known:
-        factor, unit = (1, "s") if known["seconds"] >= 1 else (1000, "ms")
-        show = lambda x: f"{factor * x:.3g}"  # noqa: E731
-        told = f"{show(known['seconds'])} {unit} per {known['unit']}"
+        small = known["seconds"] < 1
+        key, factor, digits, unit = (
+            "seconds",
+            1000 if small else 1,
+            ".3g",
+            f" {'ms' if small else 's'} per {row['unit']}",
+        )
     else:
-        return row["what"], known.get("note", ""), *[""] * 5, card
-    if "lo" in known:
-        between = f" ({show(known['lo'])} to {show(known['hi'])})"
-    peaks = checked_peaks()
-    computed = peaks.get(f"{row['what']}, {row['setting']}", peaks.get(row["what"])) if peak else None
-    gib = ["" if n is None else f"{n:.2f}" for n in (peak, computed and computed / 2**30, known.get("reserved_gib"))]
-    return row["what"], row["setting"], told + between, n, *gib, card
+        return what, known.get("note", ""), "", "", "", "", ""
+    shown = {k: f"{factor * known[k]:{digits}}" for k in (key, "lo", "hi") if k in known}
+    told = shown[key] + unit + (f" ({shown['lo']} to {shown['hi']})" if "lo" in shown else "")
+    peak, computed = known.get("peak_gib"), peaks.get(f"{what}, {setting}", peaks.get(what))
+    beside = computed / 2**30 if peak and computed else None
+    gib = ("" if n is None else f"{n:.2f}" for n in (peak, beside, known.get("reserved_gib")))
+    return what, setting, told, f"{known.get('repeats', 1):.0f}", *gib
 
 
 def checked_peaks() -> dict[str, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from .phrases import in_points, percent
 from .verdicts import adversary, one
 
 CORE = ("base", "truncation", "no-prefix", "alea-corrected", "alea-mixed")
@@ -30,10 +31,10 @@ def summary(metrics: pd.DataFrame) -> str:
     base, edit, plain = (one(metrics, "chair_s", "chair", m) for m in ("base", "alea-corrected", "no-prefix"))
     lost = one(metrics, "recall_diff", "chair", "alea-corrected")
     told = [
-        f"Of {int(base['n'])} test pictures the unedited model names an absent object in {_share(base)}; after the "
-        f"adversarial edit (`alea-corrected`) it does so in {_share(edit)}, and recall changes by "
-        f"{100 * lost['value']:+.1f} points ({100 * lost['lo']:+.1f} to {100 * lost['hi']:+.1f}).",
-        f"Plain supervised editing of the same matrices (`no-prefix`) reaches {_share(plain)}: on clean prompts the "
+        f"Of {int(base['n'])} test pictures the unedited model names an absent object in {percent(base)}; after the "
+        f"adversarial edit (`alea-corrected`) it does so in {percent(edit)}, and recall changes by "
+        f"{in_points(lost)}.",
+        f"Plain supervised editing of the same matrices (`no-prefix`) reaches {percent(plain)}: on clean prompts the "
         f"adversary {SAID[adversary(metrics, 'alea-corrected')[5]]}.",
     ]
     hit = attacked(metrics).set_index("method")
@@ -41,11 +42,7 @@ def summary(metrics: pd.DataFrame) -> str:
         judged = adversary(metrics, "alea-corrected", "chair_s", "attacked")[5]
         told.append(
             f"Under a fresh attack on each model ({int(hit['n'].max())} pictures) plain editing stands at "
-            f"{_share(hit.loc['no-prefix'])} and the adversarial edit at {_share(hit.loc['alea-corrected'])}: "
+            f"{percent(hit.loc['no-prefix'])} and the adversarial edit at {percent(hit.loc['alea-corrected'])}: "
             f"there the adversary {SAID[judged]}."
         )
     return "\n\n".join(told) + "\n"
-
-
-def _share(row) -> str:
-    return f"{row['value']:.1%} ({row['lo']:.1%} to {row['hi']:.1%})"

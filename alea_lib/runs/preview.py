@@ -38,6 +38,7 @@ class Preview:
     downloads: pd.DataFrame
     checks: list[Check] = field(default_factory=list)
     hours: float = 0.0
+    card: str = ""  # key of CARDS that times and memory are reckoned for
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def preview(profile: str) -> Preview:
     downloads = pd.DataFrame(_downloads(model, needs), columns=["what", "bytes", "there"])
     peak = table["gpu_gib"].max() if len(table) else float("nan")
     found = checks.run_checks(needs, model.key, model.row, peak, _left(table, downloads))
-    return Preview(profile, _about(asked, model), table, downloads, found, needs.hours)
+    return Preview(profile, _about(asked, model), table, downloads, found, needs.hours, needs.card)
 
 
 def resolved(profile: str, job: Job) -> dict:
