@@ -52,7 +52,9 @@ def _table(rows: dict[str, Callable[[Shape], float]], digits: int = 2) -> pd.Dat
 
 def model_table() -> pd.DataFrame:
     """Parameters in millions and bytes in GiB, by model."""
-    rows = {f"{label} (million)": lambda s, part=part: budget.parameters(s)[part] / 1e6 for part, label in PARTS.items()}
+    rows = {
+        f"{label} (million)": lambda s, part=part: budget.parameters(s)[part] / 1e6 for part, label in PARTS.items()
+    }
     rows["all parameters (million)"] = lambda s: sum(budget.parameters(s).values()) / 1e6
     sizes = {
         "half precision (GiB)": lambda s: budget.model_bytes(s, False) / 2**30,

@@ -192,7 +192,11 @@ def test_the_page_is_made_of_what_is_computed(monkeypatch, tmp_path):
 
     told = budget_page.markdown()
     assert "| all parameters (million) | 7,063.4 |" in told and "| NF4, scales quantised again (GiB) | 4.21 |" in told
-    assert "nan" not in told and "hours" not in told and "generated/budget.md" in (root() / "book" / "budget.md").read_text()
+    assert (
+        "nan" not in told
+        and "hours" not in told
+        and "generated/budget.md" in (root() / "book" / "budget.md").read_text()
+    )
     assert budget_page.measured(tmp_path) is None
 
 

@@ -37,8 +37,8 @@ def check_parameters(notebook: Path, profile: str, variant: str, given: dict) ->
     ):
         if unknown := sorted(set(wanted) - set(names)):
             raise RunError(
-                f"{notebook.name} has no parameter {', '.join(unknown)} (set by {source}){nearest(unknown, names)}; "
-                f"it has {', '.join(names)}"
+                f"{notebook.name} has no parameter {', '.join(unknown)} (set by {source}); it has {', '.join(names)}"
+                f"{nearest(unknown, names)}"
             )
 
 

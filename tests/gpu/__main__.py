@@ -83,7 +83,11 @@ def run_all(args: argparse.Namespace) -> pd.DataFrame:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (args.out / name).unlink(missing_ok=True)
-    paths = [str(root()), str(Path(__file__).parents[1]), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [
+        str(root()),
+        str(Path(__file__).parents[1]),
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ALEA_ROOT": str(root()), "HF_HUB_OFFLINE": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
     rows = []
