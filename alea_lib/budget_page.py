@@ -34,7 +34,6 @@ def markdown() -> str:
     parts = {
         "The model": model_table(),
         "What an edit adds": edit_table(),
-        "Keys, values, references and files": store_table(),
         "Largest memory of a step": peak_table(),
         "The whole study": study_table(),
         "Measured": found,
@@ -78,26 +77,6 @@ def edit_table() -> pd.DataFrame:
             )
     for length in (5, 20):
         rows[f"prefix of {length} (MiB)"] = lambda s, length=length: budget.prefix_bytes(s, length) / 2**20
-    return _table(rows)
-
-
-def store_table() -> pd.DataFrame:
-    """GiB of what is kept: in memory while writing, for the KL, and on disk."""
-
-    def reference(kind: str) -> Callable[[Shape], float]:
-        return lambda s: budget.kl_reference_bytes(1500, Plan.answer, s.width, s.vocabulary)[kind] / 2**30
-
-    rows: dict[str, Callable[[Shape], float]] = {}
-    for n in (1, 4, 8, 100):
-        rows[f"keys and values, {n} x 1,128 positions"] = lambda s, n=n: budget.kv_bytes(s, 1128, n) / 2**30
-    rows["reference of the KL, 1,500 answers: final states"] = reference("states")
-    rows["reference of the KL, 1,500 answers: logits, as the official code"] = reference("logits")
-    for n in (1, 3):
-        rows[f"inputs of the first edited layer, 1,500 pairs, conditions: {n}"] = lambda s, n=n: (
-            n * budget.cache_bytes(1500, Plan.tokens, s.width) / 2**30
-        )
-    for n in (500, 2000):
-        rows[f"image features on disk, {n:,} images"] = lambda s, n=n: budget.features_bytes(s, n) / 2**30
     return _table(rows)
 
 

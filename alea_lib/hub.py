@@ -43,7 +43,10 @@ class ModelRow(Strict):
 def model_row(key: str) -> ModelRow | None:
     """The row of a key, None where there is none. RunError for a row that cannot be meant."""
     rows = read_data("hub") or {}
-    return validated(ModelRow, {**rows[key], "key": key}, f"data/hub.yaml: {key}") if key in rows else None
+    if key not in rows:
+        return None
+    values = {**rows[key], "key": key} if isinstance(rows[key], dict) else rows[key]
+    return validated(ModelRow, values, f"data/hub.yaml: {key}")
 
 
 def hub_name(key: str) -> str:

@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 from conftest import build_tiny
-
 from gpu import __main__ as command_line
 from gpu import costs, shape
 from gpu.parts import agreement

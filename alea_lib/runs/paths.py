@@ -34,10 +34,13 @@ def read_yaml(text: str):
 
 
 def read_data(name: str):
-    """data/<name>.yaml, parsed; None without such a file. The suffix is added here: a module that wrote it out would
-    make the file a source of every notebook that imports the module (see ``imports``)."""
+    """data/<name>.yaml, parsed; None without such a file, RunError for one that is no YAML. The suffix is added here: a
+    module that wrote it out would make the file a source of every notebook that imports it (see ``imports``)."""
     path = root() / "data" / f"{name}.yaml"
-    return read_yaml(path.read_text(encoding="utf-8")) if path.exists() else None
+    try:
+        return read_yaml(path.read_text(encoding="utf-8")) if path.exists() else None
+    except yaml.YAMLError as error:
+        raise RunError(f"data/{name}.yaml is no YAML: {' '.join(str(error).split())}") from None
 
 
 def root() -> Path:

@@ -71,6 +71,7 @@ def validated(kind: type[T] | TypeAdapter, values: Any, where: str) -> T:
 
 
 def _explained(kind: Any, error: Any) -> str:
+    """One error of pydantic's as text."""
     path = [str(part) for part in error["loc"]]
     if error["type"] in ("extra_forbidden", "missing"):
         *above, key = path
@@ -81,4 +82,4 @@ def _explained(kind: Any, error: Any) -> str:
         return f"{at}has no entry {key}{nearest([key], fields)}; there are {', '.join(sorted(fields))}"
     field = getattr(kind, "model_fields", {}).get(path[-1] if path else "")
     wanted = field.description if field and field.description else error["msg"].removeprefix("Input should be ")
-    return f"{': '.join(path) or 'the file'} is {error['input']!r}, it must be {wanted}"
+    return f"{': '.join(path) or 'all of it'} is {error['input']!r}, it must be {wanted}"

@@ -29,6 +29,7 @@ from alea_lib.tail import capture
 from alea_lib.taps import full_weight
 from alea_lib.worlds.describe import noun_phrase
 from alea_lib.worlds.scenes import objects
+
 from .settings import KERNELS, LABEL, RATIO, Size
 from .shape import compute_dtype, edited_layers, random_llava
 
@@ -52,7 +53,7 @@ class Meter:
         return time.perf_counter()
 
     def seconds(self, act: Callable) -> float:
-        """Time alone. Memory that earlier acts took stays with the allocator: asking for it again would be timed too."""
+        """Time alone. Memory of earlier acts stays with the allocator: asking for it again would be timed too."""
         start = self.clock()
         act()
         return self.clock() - start

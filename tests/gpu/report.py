@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from alea_lib.tables import read_csv, write_csv
+
 from .settings import EQUAL, KERNELS, LABEL, OVERHEAD, PEAK_GIB, RATIO
 
 COLUMNS = ["bar", "limit", "found", "verdict"]

@@ -7,6 +7,7 @@ from torch import nn
 
 from alea_lib.families import family
 from alea_lib.vlm import VLM, Reader, keep_trainable_on_cpu
+
 from .settings import Size
 
 PATCH = 14
