@@ -86,7 +86,7 @@ implants: $(STAMP)
 
 gpu-check: $(STAMP)
 	@test -n "$(OUT)" || { echo "say where the results go: make gpu-check OUT=gpu" >&2; exit 2; }
-	@$(PY) -m alea_lib.gpu_check --out $(OUT)
+	@PYTHONPATH=tests $(PY) -m gpu --out $(OUT)
 
 card: $(STAMP)
 	$(PY) -m alea_lib.zoo --part card

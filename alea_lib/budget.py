@@ -18,7 +18,6 @@ BLOCK, NESTED = 64, 256  # numbers that share a scale in NF4, and scales that sh
 CONTEXT = 600 << 20  # what CUDA itself takes, and what a step uses for a moment: assumed, not counted
 MASTERS = {"adamw": 5, "sgd": 3}  # fp32 copies of a trained matrix: the base's, the master, its gradient, the moments
 ITEMS = 1500  # pairs of the paper's edit
-COLUMNS = ["model", "part", "option", "gib"]
 
 
 @dataclass(frozen=True)
@@ -116,24 +115,24 @@ def nf4_bytes(numbers: int) -> int:
     return -(-numbers // 2) + scales + FULL * (-(-scales // NESTED)) + FULL * (1 + 16 + 256)
 
 
-def model_bytes(s: Shape, four_bit: bool, edited: int = 0, part: str = "down_proj", each: int = HALF) -> int:
-    """The loaded model. ``four_bit``: the decoder's matrices in NF4 but for ``part`` of ``edited`` layers; the rest
-    in ``each`` bytes a number."""
+def model_bytes(s: Shape, four_bit: bool, edited: int = 0, each: int = HALF) -> int:
+    """The loaded model. ``four_bit``: the decoder's matrices in NF4 but for the down-projections of ``edited`` layers;
+    the rest in ``each`` bytes a number."""
     counts = parameters(s)
     whole = sum(counts.values())
     if not four_bit:
         return whole * each
     layer = matrices(s)
-    packed = s.layers * sum(nf4_bytes(n) for n in layer.values()) - edited * nf4_bytes(layer[part])
-    return (whole - counts["decoder"] + edited * layer[part]) * each + packed
+    packed = s.layers * sum(nf4_bytes(n) for n in layer.values()) - edited * nf4_bytes(layer["down_proj"])
+    return (whole - counts["decoder"] + edited * layer["down_proj"]) * each + packed
 
 
 # ---- an edit ---------------------------------------------------------------------------------------------------------
 
 
-def trained_bytes(s: Shape, layers: int, rank: int = 0, optimiser: str = "adamw", part: str = "down_proj") -> int:
-    """What an edit of ``part`` in so many layers adds: masters, gradients, moments, and the base's weights in fp32."""
-    numbers = matrices(s)[part]
+def trained_bytes(s: Shape, layers: int, rank: int = 0, optimiser: str = "adamw") -> int:
+    """What an edit of so many down-projections adds: masters, gradients, moments, and the base's weights in fp32."""
+    numbers = matrices(s)["down_proj"]
     if not rank:
         return layers * numbers * FULL * MASTERS[optimiser]
     factors = rank * (numbers // s.width + s.width)
@@ -149,9 +148,9 @@ def activation_bytes(s: Shape, layers: int, tokens: int, batch: int = 1, trained
     return batch * tokens * (layers * (attention + norms + 3 * s.mlp * each) + trained * s.mlp * each)
 
 
-def logits_bytes(s: Shape, positions: int, copies: int = 4) -> int:
-    """Logits of the scored positions in fp32, in as many copies as softmax, loss and their gradients hold at once."""
-    return positions * s.vocabulary * FULL * copies
+def logits_bytes(s: Shape, positions: int) -> int:
+    """Logits of the scored positions in fp32: softmax, loss and their gradients hold four copies at once."""
+    return positions * s.vocabulary * FULL * 4
 
 
 def prefix_bytes(s: Shape, length: int) -> int:
@@ -199,7 +198,6 @@ class Plan:
     tokens: int = 750
     answer: int = 130
     answers: int = 2  # of an image that the adversary compares
-    rank: int = 0
     prefix_length: int = 5
     write_batch: int = 8
     max_new_tokens: int = 512
@@ -210,7 +208,7 @@ def edit_peak(s: Shape, p: Plan) -> int:
     """Largest memory of a step of the edit: model, trained matrices and one term's graph."""
     model = model_bytes(s, p.four_bit, p.unquantised, each=p.each)
     graph = activation_bytes(s, s.layers - p.first, p.tokens, p.batch, p.edited, p.each)
-    own = trained_bytes(s, p.edited, p.rank) + p.edited * matrices(s)["down_proj"] * p.each
+    own = trained_bytes(s, p.edited) + p.edited * matrices(s)["down_proj"] * p.each
     return model + own + graph + logits_bytes(s, p.batch * p.answer) + CONTEXT
 
 

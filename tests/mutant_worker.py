@@ -16,6 +16,11 @@ HEAVY = [
 ]  # fmt: skip
 
 
+def source(repository: Path, file: str) -> Path:
+    """The file of a mutant: in the library, or in ``tests/`` if its name begins with it."""
+    return repository / file if file.startswith("tests/") else repository / "alea_lib" / file
+
+
 def run(
     folder: str, repository: str, tests: list[str], file: str = "", find: str = "", replace: str = ""
 ) -> tuple[int, str]:
@@ -29,7 +34,7 @@ def run(
     shutil.copytree(HERE, place / "tests", ignore=leave_out)
     shutil.copyfile(HERE.parent / "pyproject.toml", place / "pyproject.toml")
     if file:
-        path = place / "alea_lib" / file
+        path = source(place, file)
         path.write_text(path.read_text(encoding="utf-8").replace(find, replace), encoding="utf-8")
     return _pytest(place, repository, tests)
 

@@ -18,7 +18,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from test_skeleton import NOTEBOOKS, PROJECT, extras, requirements
 
-from alea_lib.runs import colab, places
+from alea_lib.runs import checks, colab, places
+from alea_lib.runs.checks import Gpu
 from alea_lib.runs.execute import execute_needed
 from alea_lib.runs.imports import code_cells
 
@@ -93,23 +94,25 @@ def test_pip_is_told_to_change_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("card", "wanted"),
     [
-        (("Tesla T4", 15.0), "Tesla T4 with 15 GiB: .*llava-1.5-7b-t4. fits"),
-        (("NVIDIA A100", 40.0), "llava-1.5-7b. fits"),
-        (("Tesla K80", 11.2), "no profile of a large model fits"),
+        (Gpu("Tesla T4", 15.0, 7.5), "Tesla T4 with 15 GiB: .*llava-1.5-7b-t4. fits"),
+        (Gpu("NVIDIA A100", 40.0, 8.0), "llava-1.5-7b. fits"),
+        (Gpu("Tesla K80", 11.2, 3.7), "no profile of a large model fits"),
         (None, "no GPU"),
     ],
 )
-def test_which_profile_fits(card, wanted):
-    text = colab.advice(card, {"scenes", "llava-1.5-7b", "llava-1.5-7b-t4"})
+def test_which_profile_fits(card, wanted, tmp_path, monkeypatch):
+    text = colab.advice(card)
     assert re.search(wanted, text) and '"scenes"' in text
-    assert "llava" not in colab.advice(card, {"scenes"}), "only profiles that are there"
+    monkeypatch.setenv("ALEA_ROOT", str(toy.small_repository(tmp_path)))
+    assert "llava" not in colab.advice(card), "only profiles that are there"
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"), [("Tesla T4, 15360\n", ("Tesla T4", 15.0)), ("", None), ("No devices were found\n", None)]
+    ("said", "wanted"),
+    [("Tesla T4, 15360, 7.5\n", Gpu("Tesla T4", 15.0, 7.5)), ("", None), ("No devices were found\n", None)],
 )
 def test_the_card_is_read_from_nvidia_smi(said, wanted, monkeypatch):
-    monkeypatch.setattr(colab.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
+    monkeypatch.setattr(checks.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, said, ""))
     assert colab.gpu() == wanted
 
 

@@ -12,13 +12,13 @@ import psutil
 import pytest
 import torch
 from conftest import build_tiny
+from gpu import __main__ as command_line
+from gpu import costs, shape
+from gpu.parts import agreement
+from gpu.report import bars, write_report
+from gpu.settings import FILES, KERNELS, LABEL, PARTS, RATIO, SIZES
 
 from alea_lib.families import FAMILIES
-from alea_lib.gpu_check import __main__ as command_line
-from alea_lib.gpu_check import costs, shape
-from alea_lib.gpu_check.parts import agreement
-from alea_lib.gpu_check.report import bars, write_report
-from alea_lib.gpu_check.settings import FILES, KERNELS, LABEL, PARTS, RATIO, SIZES
 from alea_lib.locate.tokens import suspects
 from alea_lib.runs import root
 from alea_lib.tables import read_csv, write_csv
@@ -318,7 +318,7 @@ def test_every_part_has_its_own_time_and_none_takes_another_along(tmp_path, monk
     (tmp_path / "bars.csv").write_text("of an earlier run")
     monkeypatch.setattr(command_line, "command", command)
     monkeypatch.setattr(command_line, "PARTS", {**dict.fromkeys(scripts, 60), "costs": 4})
-    monkeypatch.setattr("alea_lib.gpu_check.report.read_csv", lambda path: pd.DataFrame())
+    monkeypatch.setattr("gpu.report.read_csv", lambda path: pd.DataFrame())
     args = command_line.parser().parse_args(["--out", str(tmp_path)])
     found = command_line.run_all(args)
     assert read_csv(tmp_path / "parts.csv")["state"].tolist() == ["done", "failed", "stopped", "done"]
@@ -335,7 +335,7 @@ def test_every_part_has_its_own_time_and_none_takes_another_along(tmp_path, monk
 def test_parts_fit_into_six_minutes_and_eight_files():
     assert sum(PARTS.values()) <= 360 and len(FILES) <= 8
     help_text, makefile = (Path(root() / "Makefile").read_text(),) * 2
-    assert "make gpu-check OUT=" in help_text and "-m alea_lib.gpu_check --out $(OUT)" in makefile
+    assert "make gpu-check OUT=" in help_text and "PYTHONPATH=tests $(PY) -m gpu --out $(OUT)" in makefile
 
 
 @pytest.mark.slow
@@ -343,8 +343,8 @@ def test_parts_fit_into_six_minutes_and_eight_files():
 def test_the_whole_check_on_a_cpu(tmp_path):
     pytest.importorskip("bitsandbytes")
     options = ["--out", str(tmp_path / "out"), "--device", "cpu", "--size", "tiny", "--patience", "10"]
-    environment = {**os.environ, "PYTHONPATH": str(root()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "alea_lib.gpu_check", *options]
+    environment = {**os.environ, "PYTHONPATH": f"{root()}{os.pathsep}{root() / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "gpu", *options]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     out = tmp_path / "out"
     assert done.returncode == 0, done.stdout + done.stderr + (out / "log.txt").read_text()[-3000:]

@@ -14,7 +14,6 @@ import yaml
 from alea_lib.runs import root
 
 HERE = Path(__file__).parent
-LIBRARY = HERE.parent / "alea_lib"
 MUTANTS = yaml.safe_load((HERE / "mutants.yaml").read_text(encoding="utf-8"))
 NAMES = [m["name"] for m in MUTANTS]
 CONTROL = "control"
@@ -44,7 +43,7 @@ def test_list_of_mutants():
     assert len(MUTANTS) >= 14 and len(set(NAMES)) == len(MUTANTS)
     for mutant in MUTANTS:
         assert set(mutant) == {"name", "why", "file", "find", "replace", "test"}
-        source = (LIBRARY / mutant["file"]).read_text(encoding="utf-8")
+        source = mutant_worker.source(HERE.parent, mutant["file"]).read_text(encoding="utf-8")
         assert source.count(mutant["find"]) == 1, f"{mutant['name']}: mend `find` in tests/mutants.yaml"
         assert mutant["find"] != mutant["replace"]
         file, test = mutant["test"].split("::")

@@ -1,6 +1,5 @@
 """What a profile would do and need, said before anything starts; and models of the hub by a pinned row."""
 
-import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,10 +9,12 @@ import pytest
 import toy
 from conftest import build_tiny
 
-from alea_lib.runs import RunError, begin, checks, load_profile, preview, root, rows
+from alea_lib import hub
+from alea_lib.runs import RunError, begin, checks, load_profile, places, preview, root
 from alea_lib.runs.__main__ import main
 from alea_lib.runs.checks import Gpu
 from alea_lib.runs.execute import execute
+from alea_lib.runs.imports import source_hashes
 from alea_lib.runs.places import settings
 from alea_lib.runs.study import stale_reason, study
 
@@ -54,11 +55,10 @@ def failed(profile):
 def test_a_profile_of_the_real_model_is_whole(profile, fit):
     found = preview.preview(profile)
     assert not [c for c in found.checks if not c.ok]
-    assert set(found.stages["source"]) == {"computed"} and found.stages["seconds"].gt(0).all()
+    assert set(found.stages["source"]) == {"not measured"} and found.stages["seconds"].isna().all()
     assert REVISION[:12] in found.about
-    needs = checks.read_needs(profile, load_profile(profile))
-    hours, disk = found.stages["seconds"].sum() / 3600, preview._left(found.stages, found.downloads) / 2**30
-    assert hours < needs.hours < 2 * hours
+    needs = places.read_profile(profile).needs
+    disk = preview._left(found.stages, found.downloads) / 2**30
     assert disk + checks.MARGIN < needs.disk_gib < 2.5 * disk
     assert found.stages["gpu_gib"].max() < needs.gpu_gib
     missing = found.downloads.loc[~found.downloads["there"].astype(bool), "bytes"].sum() / 1e9
@@ -67,7 +67,7 @@ def test_a_profile_of_the_real_model_is_whole(profile, fit):
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_row_and_the_profile_agree(profile):
-    asked, row = load_profile(profile), rows.model_row(load_profile(profile)["model"])
+    asked, row = load_profile(profile), hub.model_row(load_profile(profile)["model"])
     assert row.hub == "llava-hf/llava-1.5-7b-hf" and row.revision == REVISION and row.four_bit and row.cache
     assert row.dtype == asked["needs"]["dtype"] and asked["four_bit"] is True
 
@@ -80,9 +80,10 @@ def test_other_profiles_can_be_planned(capsys):
     assert "05_edit-alea-mixed" in told and f"N_PAIRS={pairs}" in told and "the profile states no needs" in told
 
 
-def test_times_are_measured_or_unknown_where_nothing_is_computed(repository):
+def test_times_are_measured_or_unknown(repository):
     stages = preview.preview("toy").stages.set_index("stage")
-    assert set(stages["source"]) == {"unknown"} and stages["seconds"].isna().all()
+    assert set(stages["source"]) == {"not measured"} and stages["seconds"].isna().all()
+    assert "make run NB=01_make PROFILE=toy PARAMS=" in preview.text(preview.preview("toy"))
     (repository / "data" / "results" / "toy").mkdir(parents=True)
     (repository / "data" / "results" / "toy" / "runs.csv").write_text("stage,seconds\n02_edit-weak,12.5\n")
     run = begin("01_make", "toy", SIZE=None, WORLD=None)
@@ -92,6 +93,58 @@ def test_times_are_measured_or_unknown_where_nothing_is_computed(repository):
     assert stages.loc["02_edit-weak", ["seconds", "source"]].tolist() == [12.5, "measured, data/results"]
     assert stages.loc["01_make", ["state", "source"]].tolist() == ["finished", "measured here"]
     assert stages.loc["01_make", "disk_gib"] * 2**30 > 1000
+    told = preview.text(preview.preview("toy"))
+    assert "and 5 stages of unknown time" in told and "short probe" in told
+
+
+def test_the_time_of_a_probe_is_not_that_of_the_stage(repository):
+    """A run with other parameters will be run again, so it is neither finished nor a measure of what is to come."""
+    begin("01_make", "toy", SIZE=1, WORLD=None).finish()
+    stages = preview.preview("toy").stages.set_index("stage")
+    assert stages.loc["01_make", ["state", "source"]].tolist() == ["to do", "measured here with other parameters"]
+    assert stages["seconds"].notna().sum() == 1 and "unknown time" not in preview.text(preview.preview("toy"))
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1e5, "27.8 h still to run, 24 h allowed; lower"), (float("nan"), "")])
+def test_hours_are_checked_where_all_are_measured(fit, seconds, told):
+    needs = places.read_profile("llava-1.5-7b").needs
+    checked = {c.what: c for c in checks.run_checks(needs, "", None, float("nan"), 0.0, seconds)}["time"]
+    assert checked.ok == (not told) and (told or "unknown: not every stage was measured") in checked.found
+
+
+def test_stages_that_are_finished_take_no_more_time(repository):
+    path = repository / "data" / "profiles" / "toy.yaml"
+    path.write_text(path.read_text() + "needs: {hours: 0.001}\n")
+    labels = [job.label for job in places.plan("toy")]
+    (repository / "data" / "results" / "toy").mkdir(parents=True)
+    table = "".join(f"{label},1000\n" for label in labels)
+    (repository / "data" / "results" / "toy" / "runs.csv").write_text("stage,seconds\n" + table)
+    assert "1.9 h still to run" in failed("toy")["time"]
+    finish_all()
+    assert "time" not in failed("toy")
+
+
+def finish_all():
+    """Finish every run of the toy profile without its notebook."""
+    names = {"01_make": ("SIZE", "WORLD"), "02_edit": ("LR",)}
+    for job in places.plan("toy"):
+        begin(job.stage, "toy", job.variant, **dict.fromkeys(names.get(job.stage, ()))).finish()
+
+
+def test_a_finished_study_has_nothing_left_to_write(repository, monkeypatch):
+    """No bytes left is a known number: it asks for the margin alone, not for the whole study's disk."""
+    monkeypatch.setattr(checks, "free_gib", lambda: 3.0)
+    path = repository / "data" / "profiles" / "toy.yaml"
+    path.write_text(path.read_text() + "needs: {disk_gib: 75}\n")
+    assert "77.0 GiB are still to be written" in failed("toy")["free disk"]
+    finish_all()
+    assert "free disk" not in failed("toy")
+
+
+def test_the_rows_of_models_are_no_source_of_a_result():
+    """A batch that is lowered may not run every stage again: data/hub.yaml is recorded by what results depend on."""
+    for notebook in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        assert "data/hub.yaml" not in source_hashes(notebook)
 
 
 def test_a_plan_needs_no_torch():
@@ -131,14 +184,14 @@ def test_a_t4_has_no_bfloat16(fit, monkeypatch):
 
 
 def test_a_step_that_does_not_fit_is_seen_before(fit, monkeypatch):
-    row = dataclasses.replace(rows.model_row("llava-1.5-7b"), write=100)
-    monkeypatch.setattr(rows, "model_row", lambda key: row)
+    row = hub.model_row("llava-1.5-7b").model_copy(update={"write": 100})
+    monkeypatch.setattr(hub, "model_row", lambda key: row)
     assert set(failed("llava-1.5-7b")) == {"largest step"}
 
 
 def test_what_is_there_need_not_be_downloaded(fit, monkeypatch):
     before = preview.preview("llava-1.5-7b")
-    monkeypatch.setattr(preview.checks, "in_cache", lambda row: True)
+    monkeypatch.setattr(checks, "in_cache", lambda row: True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     after = preview.preview("llava-1.5-7b")
     assert not [c for c in after.checks if not c.ok]
@@ -171,16 +224,58 @@ def test_the_driver_is_asked(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "line, told",
     [
-        ("needs: {gpu: 3}", "has no entry gpu; there are card"),
-        ("needs: {card: abacus}", "no card 'abacus'; there are t4"),
-        ("needs: {dtype: float8}", "dtype is 'float8'"),
+        ("needs: {speed: 3}", "needs: has no entry speed; there are disk_gib"),
+        ("needs: {gpu_gb: 3}", r"no entry gpu_gb; did you mean gpu_gib\?; there are"),
+        ("needs: {dtype: float8}", "needs: dtype is 'float8', it must be 'float32', 'float16' or 'bfloat16'"),
+        ("needs: {hours: soon}", "needs: hours is 'soon', it must be a valid number"),
+        ("needs: {disk_gib: -1}", "disk_gib is -1, it must be greater than or equal to 0"),
+        ("bok: false", r"toy.yaml: has no entry bok; did you mean book\?; there are book"),
+        ("max_new_tokens: 0", "max_new_tokens is 0, it must be greater than or equal to 1"),
+        ("four_bit: 1", "four_bit is 1, it must be a valid boolean"),
+        ("siez: 3", r"no entry siez; did you mean size\?"),
+        ("size: [3]", "no entry size"),
     ],
 )
-def test_needs_that_cannot_be_meant(repository, line, told):
+def test_a_profile_that_cannot_be_meant(repository, line, told):
     path = repository / "data" / "profiles" / "toy.yaml"
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(RunError, match=told):
         preview.preview("toy")
+
+
+def test_any_parameter_of_a_notebook_may_stand_at_the_top(repository):
+    path = repository / "data" / "profiles" / "toy.yaml"
+    path.write_text(path.read_text().replace("01_make: {SIZE: 4}", "01_make:") + "size: 7\n")
+    assert preview.preview("toy").stages["params"][0] == {"SIZE": 7, "WORLD": "toys"}
+
+
+@pytest.mark.parametrize(
+    "old, new, told",
+    [
+        ("  01_make: {SIZE: 4}", "  01_make: [SIZE]", r"stages: 01_make is \['SIZE'\], it must be a valid dictionary"),
+        ("03_measure: base", "03_measure: bass", "page_variant: 03_measure is 'bass', it must be one of base, weak"),
+        ("  02_edit: {weak", "  02_edti: {weak", r"names 02_edti, which is not among its stages; did you mean 02_edit"),
+    ],
+)
+def test_sections_that_cannot_be_meant(repository, old, new, told):
+    path = repository / "data" / "profiles" / "toy.yaml"
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(RunError, match=told) as error:
+        load_profile("toy")
+    assert "\n" not in str(error.value) and "data/profiles/toy.yaml" in str(error.value)
+
+
+def test_a_file_that_is_no_yaml(repository):
+    (repository / "data" / "profiles" / "toy.yaml").write_text("stages: {01_make: [\n")
+    with pytest.raises(RunError, match="data/profiles/toy.yaml is no YAML: .*line 2") as error:
+        load_profile("toy")
+    assert "\n" not in str(error.value)
+
+
+def test_what_stages_read_is_a_list_of_names(repository):
+    (repository / "notebooks" / "stages.yaml").write_text("01_make: 3\n")
+    with pytest.raises(RunError, match="notebooks/stages.yaml: 01_make is 3, it must be a valid list"):
+        places.plan("toy")
 
 
 def test_unknown_names_are_errors(repository, capsys):
@@ -188,7 +283,7 @@ def test_unknown_names_are_errors(repository, capsys):
     path = repository / "data" / "profiles" / "toy.yaml"
     whole = path.read_text()
     path.write_text(whole.replace("LR: 1e-3", "LRR: 1e-3"))
-    with pytest.raises(RunError, match="has no parameter LRR"):
+    with pytest.raises(RunError, match=r"has no parameter LRR .*; it has PROFILE, .*; did you mean LR\?$"):
         preview.preview("toy")
     path.write_text(whole.replace("01_make: {SIZE: 4}", "01_make: {}"))
     with pytest.raises(RunError, match="01_make: no value for SIZE: set it in data/profiles/toy.yaml"):
@@ -198,23 +293,31 @@ def test_unknown_names_are_errors(repository, capsys):
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"revision": "main"}, "revision must be a whole commit"),
+        ({"revision": "main"}, "revision is 'main', it must be a whole commit"),
         ({"dtype": "half"}, "dtype is 'half'"),
         ({"write": 0}, "write is 0"),
-        ({"speed": 1}, "has no field speed; there are cache"),
+        ({"dtyp": "float16"}, r"has no entry dtyp; did you mean dtype\?; there are cache"),
+        ({"colour": 1}, "has no entry colour; there are cache"),
+        ({"see": "many"}, "mine: see is 'many', it must be a valid integer"),
     ],
 )
 def test_rows_that_cannot_be_meant(repository, change, told):
     write_rows(repository, mine={**ROW, **change})
     with pytest.raises(RunError, match=told):
-        rows.model_row("mine")
+        hub.model_row("mine")
+
+
+def test_a_row_is_a_mapping(repository):
+    write_rows(repository, mine=["some/model"])
+    with pytest.raises(RunError, match="data/hub.yaml: mine: .* must be a valid dictionary"):
+        hub.model_row("mine")
 
 
 def test_a_row_needs_a_revision(repository):
     write_rows(repository, mine={"hub": "some/model"})
-    with pytest.raises(RunError, match="mine lacks revision"):
-        rows.model_row("mine")
-    assert rows.model_row("other") is None
+    with pytest.raises(RunError, match="mine: lacks revision"):
+        hub.model_row("mine")
+    assert hub.model_row("other") is None
 
 
 # ---- runs of hub models
@@ -253,7 +356,7 @@ def test_a_run_records_a_model_in_another_folder(repository, tmp_path_factory):
 
 
 def test_a_hub_name_is_recorded_by_the_commit_in_the_cache(repository, monkeypatch):
-    monkeypatch.setattr(rows, "_cached_commit", lambda name: "d" * 40 if name == "some/one" else "")
+    monkeypatch.setattr(hub, "_cached_commit", lambda name: "d" * 40 if name == "some/one" else "")
     run = begin("01_make", "toy", SIZE=None, WORLD=None)
     run.uses("data/models/some/one/model.safetensors")
     assert run.inputs["hub some/one"]["revision"] == "d" * 40
@@ -272,7 +375,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(saved, repository, monkeypatch):
+def hub_model(saved, repository, monkeypatch):
     """A row for that model, whose snapshot is there."""
     folder = saved
     monkeypatch.setattr("alea_lib.vlm.snapshot", lambda row: folder)
@@ -280,7 +383,7 @@ def hub(saved, repository, monkeypatch):
     return folder
 
 
-def test_a_model_is_loaded_as_its_row_says(hub, repository):
+def test_a_model_is_loaded_as_its_row_says(hub_model, repository):
     import torch
 
     from alea_lib.edit.delta import delta_of, load_delta, save_delta
@@ -304,7 +407,7 @@ def test_a_model_is_loaded_as_its_row_says(hub, repository):
     assert more.module("o_proj", 0).weight.dtype == torch.float16 == more.module("down_proj", 3).weight.dtype
 
 
-def test_an_adapter_names_the_hubs_model(hub, repository):
+def test_an_adapter_names_the_hubs_model(hub_model, repository):
     pytest.importorskip("peft")
     import torch
 
@@ -330,7 +433,7 @@ def test_a_pinned_model_that_is_not_there(repository, monkeypatch, tmp_path):
 
 
 def test_in_cache_means_every_shard(monkeypatch, tmp_path):
-    row = rows.ModelRow("mine", "some/model", "a" * 40)
+    row = hub.ModelRow(key="mine", hub="some/model", revision="a" * 40)
     folder = tmp_path / "models--some--model" / "snapshots" / row.revision
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     folder.mkdir(parents=True)

@@ -110,6 +110,7 @@ def whole_repository(folder: Path) -> Path:
     shutil.copytree(
         HERE / "alea_lib" / "runs", folder / "alea_lib" / "runs", ignore=shutil.ignore_patterns("__pycache__")
     )
+    shutil.copyfile(HERE / "alea_lib" / "hub.py", folder / "alea_lib" / "hub.py")
     shutil.copyfile(HERE / "notebooks" / "Snakefile", folder / "notebooks" / "Snakefile")
     shutil.copyfile(HERE / "_config.yml", folder / "_config.yml")
     library = {

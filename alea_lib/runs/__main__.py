@@ -1,11 +1,15 @@
 """python -m alea_lib.runs plan | study | execute | collect | publish | book | pdf | guard | colab"""
 
+from __future__ import annotations
+
 import argparse
 import os
 import sys
 from pathlib import Path
 
-from alea_lib.runs.places import RunError, read_yaml, root
+from alea_lib.runs.paths import RunError, read_yaml, root
+
+WATCHED = ("study", "execute", "collect", "book")  # end when the make that called them is gone
 
 
 def assignments(texts: list[str]) -> dict:
@@ -22,38 +26,43 @@ def assignments(texts: list[str]) -> dict:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m alea_lib.runs", description="Run the study or a part of it.")
     commands = top.add_subparsers(dest="command", required=True)
-    study = commands.add_parser("study", help="everything that is missing, then the book")
+
+    def add(name: str, about: str, profile: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about)
+        if profile:
+            sub.add_argument("--profile", default="scenes")
+        return sub
+
+    study = add("study", "everything that is missing, then the book")
     study.add_argument("--jobs", type=int, default=2)
     study.add_argument("--target", default="all", help="a rule or file of notebooks/Snakefile, e.g. collect")
-    one = commands.add_parser("execute", help="one notebook")
+    one = add("execute", "one notebook")
     one.add_argument("notebook")
     one.add_argument("--variant", default="")
     one.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE")
     one.add_argument("--quiet", action="store_true", help="no progress bar")
     one.add_argument("--needed", action="store_true", help="first the stages that it reads, where they are missing")
-    collect = commands.add_parser("collect", help="join the tables of finished stages")
-    book = commands.add_parser("book", help="build the book from finished stages")
-    publish = commands.add_parser("publish", help="copy the joined tables to data/results, to be committed")
-    pdf = commands.add_parser("pdf", help="the book as one PDF, printed by Chromium")
-    ahead = commands.add_parser("plan", help="say what a study would do and need, and start nothing")
+    add("collect", "join the tables of finished stages")
+    add("book", "build the book from finished stages")
+    publish = add("publish", "copy the joined tables to data/results, to be committed")
+    add("pdf", "the book as one PDF, printed by Chromium")
+    add("plan", "say what a study would do and need, and start nothing")
     for sub in (study, publish):
         sub.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone, all variants")
-    for sub in (ahead, study, one, collect, book, pdf, publish):
-        sub.add_argument("--profile", default="scenes")
-    guard = commands.add_parser("guard", help="refuse notebooks that were not executed to their end")
+    guard = add("guard", "refuse notebooks that were not executed to their end", profile=False)
     guard.add_argument("notebooks", nargs="+", type=Path)
-    commands.add_parser("colab", help="write the cell that prepares Colab into every notebook")
+    add("colab", "write the cell that prepares Colab into every notebook", profile=False)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.command in ("study", "execute", "collect", "book") and os.environ.get("ALEA_WATCH"):
+    if args.command in WATCHED and os.environ.get("ALEA_WATCH"):
         from alea_lib.runs.study import end_with
 
         end_with(int(os.environ["ALEA_WATCH"]))
     try:
-        return act(args)
+        return act(args) or 0
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -62,14 +71,14 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-def act(args: argparse.Namespace) -> int:
+def act(args: argparse.Namespace) -> int | None:
     """One command; each imports only what it needs."""
     if args.command == "plan":
         from alea_lib.runs.preview import preview, text
 
         found = preview(args.profile)
         print(text(found))
-        return 0 if all(check.ok for check in found.checks) else 1
+        return int(not all(check.ok for check in found.checks))
     if args.command == "study":
         from alea_lib.runs.study import study
 
@@ -81,22 +90,17 @@ def act(args: argparse.Namespace) -> int:
             execute_needed(args.notebook, args.profile, args.variant)
         bar = sys.stderr.isatty() and not args.quiet
         execute(args.notebook, args.profile, args.variant, assignments(args.set), bar)
-    elif args.command == "collect":
-        from alea_lib.runs.collect import collect
+    elif args.command in ("collect", "publish"):
+        from alea_lib.runs import collect
 
-        collect(args.profile)
-    elif args.command == "publish":
-        from alea_lib.runs.collect import publish
+        if args.command == "collect":
+            collect.collect(args.profile)
+        else:
+            print(f"tables copied to {collect.publish(args.profile, tuple(args.only))}")
+    elif args.command in ("book", "pdf"):
+        from alea_lib.runs import book, pdf
 
-        print(f"tables copied to {publish(args.profile, tuple(args.only))}")
-    elif args.command == "book":
-        from alea_lib.runs.book import build
-
-        build(args.profile)
-    elif args.command == "pdf":
-        from alea_lib.runs.pdf import build
-
-        build(args.profile)
+        (book if args.command == "book" else pdf).build(args.profile)
     elif args.command == "colab":
         from alea_lib.runs.colab import write_cells
 
@@ -107,7 +111,7 @@ def act(args: argparse.Namespace) -> int:
 
         for path in args.notebooks:
             guard(path)
-    return 0
+    return None
 
 
 if __name__ == "__main__":

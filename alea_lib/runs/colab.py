@@ -4,9 +4,9 @@ The cell stands in every notebook, word for word the same; `python -m alea_lib.r
 nothing. Nothing of Colab's own is replaced: torch, numpy and the widgets stay as they are.
 """
 
-import contextlib
+from __future__ import annotations
+
 import importlib
-import importlib.metadata
 import json
 import os
 import re
@@ -16,7 +16,8 @@ import tempfile
 from pathlib import Path
 
 from alea_lib.runs import places
-from alea_lib.runs.places import RunError
+from alea_lib.runs.checks import Gpu, gpu, version
+from alea_lib.runs.paths import RunError
 
 CELL = """\
 import os
@@ -35,8 +36,6 @@ if "google.colab" in sys.modules:  # fetch the repository and what Colab lacks; 
     from alea_lib import prepare_colab
     prepare_colab()"""
 
-# Profiles for a GPU, the largest first: how many GiB it must have.
-FITS = {"llava-1.5-7b": 22.0, "llava-1.5-7b-t4": 14.0}
 SMALL = "scenes"
 
 
@@ -52,17 +51,12 @@ def write_cells(notebooks: list[Path]) -> list[Path]:
     changed = []
     for path in notebooks:
         text = path.read_text(encoding="utf-8")
-        book, wanted = json.loads(text), f"{path.stem.replace('_', '-')}-colab"
+        book = json.loads(text)
         cells = [c for c in book["cells"] if not c["id"].endswith("-colab")]
         first = next(i for i, c in enumerate(cells) if c["cell_type"] == "code")
-        new = {
-            "cell_type": "code",
-            "execution_count": None,
-            "id": wanted,
-            "metadata": {"tags": ["remove-cell"]},
-            "outputs": [],
-            "source": cell().splitlines(keepends=True),
-        }
+        new = {"cell_type": "code", "execution_count": None, "id": f"{path.stem.replace('_', '-')}-colab",
+            "metadata": {"tags": ["remove-cell"]}, "outputs": [],
+            "source": cell().splitlines(keepends=True)}  # fmt: skip
         book["cells"] = [*cells[:first], new, *cells[first:]]
         now = json.dumps(book, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
         if now != text:
@@ -80,17 +74,14 @@ def prepare_colab() -> None:
     paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     _install(root)
-    print(advice(gpu(), profiles(root)))
+    print(advice(gpu()))
 
 
 def pins(text: str) -> list[str]:
     """Constraints that keep what is installed of a requirements file, and torch's companions, as it is."""
     names = [match.group() for line in text.splitlines() if (match := re.match(r"[A-Za-z0-9][\w.-]*", line))]
-    found = []
-    for name in [*names, "torchvision", "torchaudio", "ipython", "huggingface-hub"]:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{name}=={importlib.metadata.version(name)}")
-    return found
+    names += ["torchvision", "torchaudio", "ipython", "huggingface-hub"]
+    return [f"{name}=={installed}" for name in names if (installed := version(name))]
 
 
 def _install(root: Path) -> None:
@@ -101,31 +92,17 @@ def _install(root: Path) -> None:
         wanted = ["-r", str(root / "requirements-colab.txt"), "-c", str(kept), "--disable-pip-version-check"]
         done = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *wanted], capture_output=True, text=True)
     if done.returncode:
-        told = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
-        raise RunError(f"pip could not install what requirements-colab.txt lists:\n  {told}")
+        lines = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-5:])
+        raise RunError(f"pip could not install what requirements-colab.txt lists:\n  {lines}")
     importlib.invalidate_caches()
 
 
-def gpu() -> tuple[str, float] | None:
-    """Name and memory (GiB) of the first GPU; None if there is none."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        name, memory = done.stdout.splitlines()[0].rsplit(",", 1)
-        return name.strip(), float(memory) / 1024
-    except (OSError, subprocess.TimeoutExpired, IndexError, ValueError):
-        return None
-
-
-def profiles(root: Path) -> set[str]:
-    return {path.stem for path in (root / "data" / "profiles").glob("*.yaml")}
-
-
-def advice(card: tuple[str, float] | None, known: set[str]) -> str:
-    """Which profile fits, in a line."""
+def advice(card: Gpu | None) -> str:
+    """The largest profile that fits, in a line."""
     if card is None:
         return f'no GPU: set PROFILE = "{SMALL}" (the small world), or choose a GPU under Runtime > Change runtime type'
-    name, memory = card
-    fits = [profile for profile, least in FITS.items() if memory >= least and profile in known]
-    also = f'"{fits[0]}" fits; ' if fits else "no profile of a large model fits; "
-    return f'{name} with {memory:.0f} GiB: {also}"{SMALL}" (the small world) runs everywhere'
+    names = [path.stem for path in (places.root() / "data" / "profiles").glob("*.yaml")]
+    asked = {name: needs.gpu_gib for name in names if (needs := places.read_profile(name).needs) and needs.gpu_gib}
+    fits = [name for name, gib in sorted(asked.items(), key=lambda item: item[1]) if card.gib >= gib]
+    also = f'"{fits[-1]}" fits; ' if fits else "no profile of a large model fits; "
+    return f'{card.name} with {card.gib:.0f} GiB: {also}"{SMALL}" (the small world) runs everywhere'

@@ -1,12 +1,14 @@
 """Run one notebook through papermill's API, so that only a finished notebook ever looks finished."""
 
+from __future__ import annotations
+
 import json
 import os
 import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alea_lib.runs import places
@@ -14,7 +16,7 @@ from alea_lib.runs.checks import require
 from alea_lib.runs.collect import collect
 from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import PACKAGE, parameters
-from alea_lib.runs.places import RunError
+from alea_lib.runs.paths import RunError, nearest
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -22,21 +24,21 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 def check_parameters(notebook: Path, profile: str, variant: str, given: dict) -> None:
     """Refuse names that the notebook's parameters cell does not have: papermill would only log a warning."""
     if not notebook.exists():
-        known = ", ".join(sorted(p.stem for p in notebook.parent.glob("*.ipynb"))) or "none"
-        raise RunError(f"no notebook {notebook.name}: there are {known}")
+        known = sorted(p.stem for p in notebook.parent.glob("*.ipynb"))
+        hint = nearest([notebook.stem], known)
+        raise RunError(f"no notebook {notebook.name}: there are {', '.join(known) or 'none'}{hint}")
     names = parameters(notebook)
     if "PROFILE" not in names:
         raise RunError(f"{notebook.name} has no cell tagged `parameters` with a line PROFILE = ...")
     section = places.settings(places.load_profile(profile), notebook.stem, variant)
     for source, wanted in (
-        ("the command", given),
+        ("the command", {**given, **({"VARIANT": variant} if variant else {})}),
         (f"data/profiles/{profile}.yaml", section),
-        ("the command", {"VARIANT": variant} if variant else {}),
     ):
-        unknown = sorted(set(wanted) - set(names))
-        if unknown:
+        if unknown := sorted(set(wanted) - set(names)):
             raise RunError(
                 f"{notebook.name} has no parameter {', '.join(unknown)} (set by {source}); it has {', '.join(names)}"
+                f"{nearest(unknown, names)}"
             )
 
 
@@ -146,18 +148,16 @@ def own_kernel():
 
 @contextmanager
 def heartbeat(label: str, partial: Path, every: float = 30.0):
-    """Print how far a long notebook has come, so that silence never has to be guessed at."""
+    """Print how far a long notebook has come, within a long cell too: papermill's bar moves only between cells."""
     done, started = threading.Event(), time.time()
 
     def beat() -> None:
         while not done.wait(every):
-            try:
+            with suppress(OSError, ValueError):  # papermill is writing the file at this moment
                 cells = [c for c in json.loads(partial.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
-            except (OSError, ValueError):
-                continue  # papermill is writing it at this moment
-            ran = sum(c.get("execution_count") is not None for c in cells)
-            now, seconds = min(ran + 1, len(cells)), time.time() - started
-            say(f"stage {label}: cell {now} of {len(cells)}, {seconds:.0f} s")
+                ran = sum(c.get("execution_count") is not None for c in cells)
+                now = min(ran + 1, len(cells))
+                say(f"stage {label}: cell {now} of {len(cells)}, {time.time() - started:.0f} s")
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -191,7 +191,7 @@ def hide_injected(path: Path) -> None:
         tags = cell["metadata"].get("tags", [])
         if "injected-parameters" in tags and "remove-cell" not in tags:
             cell["metadata"]["tags"] = [*tags, "remove-cell"]
-    path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _write(path, book)
 
 
 def drop_widgets(path: Path) -> None:
@@ -201,4 +201,8 @@ def drop_widgets(path: Path) -> None:
     for cell in book["cells"]:
         if "outputs" in cell:
             cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
+    _write(path, book)
+
+
+def _write(path: Path, book: dict) -> None:
     path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,20 +1,37 @@
-"""Where things are, whatever the working directory, and what a profile asks for."""
+"""What a profile asks for: its parameters by stage and variant, and the plan of its jobs."""
 
-import os
-import re
+from __future__ import annotations
+
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
-import yaml
+from alea_lib.runs.imports import parameters
+from alea_lib.runs.paths import (
+    MissingStage,
+    RunError,
+    nearest,
+    read_data,
+    read_yaml,
+    results_dir,
+    root,
+    run_dir,
+)
+from alea_lib.runs.schema import Profile, Reads, validated
 
-
-class RunError(RuntimeError):
-    """Something a user can mend: the message says what and how."""
-
-
-class MissingStage(RunError):
-    """An upstream stage has no finished run: the message names the command that makes one."""
+__all__ = [
+    "Job",
+    "MissingStage",
+    "RunError",
+    "command",
+    "common",
+    "load_profile",
+    "plan",
+    "read_yaml",
+    "results_dir",
+    "root",
+    "run_dir",
+    "settings",
+]
 
 
 @dataclass(frozen=True)
@@ -23,7 +40,7 @@ class Job:
 
     stage: str
     variant: str = ""
-    needs: tuple["Job", ...] = ()
+    needs: tuple[Job, ...] = ()
     after_collect: bool = False  # reads results/metrics.csv, so it is not part of it
 
     @property
@@ -31,55 +48,47 @@ class Job:
         return f"{self.stage}-{self.variant}" if self.variant else self.stage
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number (plain YAML 1.1 wants 1.0e-3 and hands out a string)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def read_yaml(text: str):
-    """Parse YAML text, numbers like 1e-3 included."""
-    return yaml.load(text, Loader=_Loader)
-
-
-def root() -> Path:
-    """The repository: $ALEA_ROOT, else the folder with a _config.yml above the cwd, else above this file."""
-    if os.environ.get("ALEA_ROOT"):
-        return Path(os.environ["ALEA_ROOT"]).resolve()
-    for start in (Path.cwd(), Path(__file__).resolve().parent):
-        for folder in (start, *start.parents):
-            if (folder / "_config.yml").exists() and (folder / "notebooks").is_dir():
-                return folder.resolve()
-    raise RunError("no repository found above this folder: cd into it, or set ALEA_ROOT to its path")
-
-
-def load_profile(name: str) -> dict:
-    """data/profiles/<name>.yaml as a dict; `stages`, `variants` and `page_variant` are always there."""
+def read_profile(name: str) -> Profile:
+    """data/profiles/<name>.yaml. RunError for a name, key or value that cannot be meant."""
     folder = root() / "data" / "profiles"
-    path = folder / f"{name}.yaml"
-    if not path.exists():
-        known = ", ".join(sorted(p.stem for p in folder.glob("*.yaml"))) or "none"
-        raise RunError(f"no profile '{name}': the profiles are {known} (data/profiles)")
-    profile = read_yaml(path.read_text(encoding="utf-8")) or {}
-    if not isinstance(profile.get("stages"), dict):
-        raise RunError(f"data/profiles/{name}.yaml has no `stages:` mapping of notebook names to parameters")
-    profile["stages"] = {stage: values or {} for stage, values in profile["stages"].items()}
-    variants = profile.get("variants") or {}
-    profile["variants"] = {stage: _named(value) for stage, value in variants.items()}
-    profile["page_variant"] = profile.get("page_variant") or {}
-    for key in ("variants", "page_variant"):
-        for stage in set(profile[key]) - set(profile["stages"]):
-            raise RunError(f"data/profiles/{name}.yaml: `{key}` names {stage}, which is not among its stages")
+    if not (folder / f"{name}.yaml").exists():
+        known = sorted(p.stem for p in folder.glob("*.yaml"))
+        listed = ", ".join(known) or "none"
+        raise RunError(f"no profile '{name}': the profiles are {listed} (data/profiles){nearest([name], known)}")
+    where = f"data/profiles/{name}.yaml"
+    profile = validated(Profile, read_data(f"profiles/{name}") or {}, where)
+    _check_common(profile, where)
+    for key, section in (("variants", profile.variants), ("page_variant", profile.page_variant)):
+        for stage in set(section) - set(profile.stages):
+            hint = nearest([stage], profile.stages)
+            raise RunError(f"{where}: `{key}` names {stage}, which is not among its stages{hint}")
+    for stage, variant in profile.page_variant.items():
+        if variant not in (known := profile.variants.get(stage, {})):
+            raise RunError(f"{where}: page_variant: {stage} is {variant!r}, it must be one of {', '.join(known)}")
     return profile
 
 
-def _named(variants) -> dict:
-    """A list of variants, or a mapping of variants to the parameters in which they differ, as a mapping."""
-    pairs = variants.items() if isinstance(variants, dict) else dict.fromkeys(variants).items()
-    return {name: values or {} for name, values in pairs}
+def _check_common(profile: Profile, where: str) -> None:
+    """Another plain value at the top must be the parameter of a notebook that the profile runs."""
+    if not profile.model_extra:
+        return
+    paths = [root() / "notebooks" / f"{stage}.ipynb" for stage in profile.stages]
+    names = {name.lower() for path in paths if path.exists() for name in parameters(path)}
+    for key, value in profile.model_extra.items():
+        if key not in names or isinstance(value, (dict, list)):
+            fields = sorted(Profile.model_fields)
+            hint = nearest([key], [*fields, *sorted(names)])
+            raise RunError(
+                f"{where}: has no entry {key}{hint}; there are {', '.join(fields)}, and plain values for parameters "
+                "of its notebooks"
+            )
+
+
+def load_profile(name: str) -> dict:
+    """The profile as a dict of what its file says; `stages`, `variants` and `page_variant` are always there."""
+    profile = read_profile(name)
+    always = {key: getattr(profile, key) for key in ("stages", "variants", "page_variant")}
+    return {**profile.model_dump(exclude_unset=True), **always}
 
 
 def settings(profile: dict, stage: str, variant: str = "") -> dict:
@@ -94,16 +103,6 @@ def common(profile: dict) -> dict:
     return {key.upper(): value for key, value in profile.items() if not isinstance(value, (dict, list))}
 
 
-def run_dir(profile: str, stage: str, variant: str = "") -> Path:
-    """The folder of one run."""
-    return root() / "data" / "runs" / profile / Job(stage, variant).label
-
-
-def results_dir(profile: str) -> Path:
-    """The folder of the joined tables."""
-    return root() / "data" / "runs" / profile / "results"
-
-
 def command(stage: str, variant: str, profile: str) -> str:
     """The command that makes one run; in Colab, where nothing is set up by make, one that makes what it reads too."""
     if "google.colab" in sys.modules:
@@ -114,34 +113,42 @@ def command(stage: str, variant: str, profile: str) -> str:
 
 def plan(name: str) -> list[Job]:
     """All jobs of a profile, each after the ones it reads (notebooks/stages.yaml says what reads what)."""
-    profile = load_profile(name)
-    reads = read_yaml((root() / "notebooks" / "stages.yaml").read_text(encoding="utf-8"))
+    profile, reads = load_profile(name), _reads()
     jobs: dict[tuple[str, str], Job] = {}
 
     def job(stage: str, variant: str, trail: tuple = ()) -> Job:
         if (stage, variant) in trail:
             raise RunError(f"notebooks/stages.yaml: {stage} reads itself ({' > '.join(t[0] for t in trail)})")
+        if stage not in reads:
+            hint = nearest([stage], reads)
+            raise RunError(f"notebooks/stages.yaml does not say what {stage} reads: add a line `{stage}: []`{hint}")
         if (stage, variant) not in jobs:
-            entries = reads[stage] or []
-            runs = [_upstream(profile, stage, variant, entry) for entry in entries if entry != "collect"]
+            runs = [_upstream(profile, stage, variant, entry) for entry in reads[stage] if entry != "collect"]
             needs = tuple(job(*key, (*trail, (stage, variant))) for keys in runs for key in keys)
-            late = "collect" in entries or any(need.after_collect for need in needs)
+            late = "collect" in reads[stage] or any(need.after_collect for need in needs)
             jobs[stage, variant] = Job(stage, variant, needs, late)
         return jobs[stage, variant]
 
     for stage in profile["stages"]:
-        if stage not in reads:
-            raise RunError(f"notebooks/stages.yaml does not say what {stage} reads: add a line `{stage}: []`")
         for variant in profile["variants"].get(stage) or {"": {}}:
             job(stage, variant)
     return list(jobs.values())
+
+
+def _reads() -> dict[str, list[str]]:
+    """What each stage reads, by notebooks/stages.yaml."""
+    path = root() / "notebooks" / "stages.yaml"
+    return validated(Reads, read_yaml(path.read_text(encoding="utf-8")), "notebooks/stages.yaml")
 
 
 def _upstream(profile: dict, stage: str, variant: str, entry: str) -> list[tuple[str, str]]:
     """The runs behind one entry of stages.yaml, `stage` or `stage:variant`, for one variant of the reader."""
     other, _, wanted = entry.partition(":")
     if other not in profile["stages"]:
-        raise RunError(f"{stage} reads {other}, which the profile does not run: add a `{other}:` section to its stages")
+        hint = nearest([other], profile["stages"])
+        raise RunError(
+            f"{stage} reads {other}, which the profile does not run: add a `{other}:` section to its stages{hint}"
+        )
     theirs = profile["variants"].get(other, {})
     if wanted and wanted not in theirs:
         raise RunError(

@@ -1,4 +1,4 @@
-"""What a profile would do, before it does anything: stages, times, memory, disk, downloads, checks.
+"""What a profile would do, before it does anything: stages, measured times, memory, disk, downloads, checks.
 
 Needs no torch, no GPU and no network.
 """
@@ -11,58 +11,60 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib import budget
+from alea_lib import budget, hub
 from alea_lib.budget import Plan, Shape
-from alea_lib.runs import checks, places, rows
-from alea_lib.runs.checks import Check, Needs
+from alea_lib.hub import ModelRow
+from alea_lib.runs import checks, places
+from alea_lib.runs.checks import Check
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.imports import parameters
 from alea_lib.runs.places import Job, RunError
 from alea_lib.runs.record import read_record
-from alea_lib.runs.rows import ModelRow
 from alea_lib.runs.study import job_settings
-from alea_lib.workload import CARDS, Costs, stage_seconds
 
 IMAGES = {"02_activate": "N_IMAGES", "03_locate_layers": "N_VALIDATE", "06_measure": "N_TEST"}  # whose features are new
 OWN = {"03_locate_layers": "edit", "04_locate_heads": "write", "05_adversary": "prefix", "05_edit": "edit"}
+HERE, ELSEWHERE = "measured here", "measured, data/results"
+OTHER, NEVER = "measured here with other parameters", "not measured"
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
 class Preview:
-    """``stages``: stage, state, seconds, source, gpu_gib, disk_gib, and dicts or lists params, reads, writes.
-    ``downloads``: what, bytes, state. ``checks``: what must hold for the study to reach its end."""
+    """``stages``: stage, state, seconds, source, gpu_gib, disk_gib, params, reads, writes, command.
+    ``downloads``: what, bytes, there. ``checks``: what must hold for the study to reach its end."""
 
     profile: str
     about: str
     stages: pd.DataFrame
     downloads: pd.DataFrame
     checks: list[Check] = field(default_factory=list)
-    hours: float = 0.0
-    card: str = ""  # key of CARDS that times and memory are reckoned for
 
 
 @dataclass(frozen=True)
 class _Model:
-    """What is known of a profile's model; ``shape`` is None where its sizes are unknown or do not matter."""
+    """What is known of a profile's model; ``shape`` is None where the profile asks for no GPU."""
 
     key: str
     row: ModelRow | None
     shape: Shape | None
-    costs: Costs | None
 
 
 def preview(profile: str) -> Preview:
     """Everything that a study of the profile would do and need. RunError for names and values that cannot be meant."""
-    asked, jobs = places.load_profile(profile), places.plan(profile)
-    needs = checks.read_needs(profile, asked)
-    model = _model(str(asked.get("model", "")), needs)
-    given = {job: resolved(profile, job) for job in jobs}
-    measured = _published(profile)
-    table = pd.DataFrame([_stage(profile, job, given[job], model, measured) for job in jobs])
-    downloads = pd.DataFrame(_downloads(model, needs), columns=["what", "bytes", "there"])
-    peak = table["gpu_gib"].max() if len(table) else float("nan")
-    found = checks.run_checks(needs, model.key, model.row, peak, _left(table, downloads))
-    return Preview(profile, _about(asked, model), table, downloads, found, needs.hours, needs.card)
+    asked, jobs = places.read_profile(profile), places.plan(profile)
+    needs, row = asked.needs, hub.model_row(asked.model)
+    shape = budget.read_shape(row.hub if row else asked.model) if needs and needs.gpu_gib else None
+    model = _Model(asked.model, row, shape)
+    published = _published(profile)
+    table = pd.DataFrame([_stage(profile, job, resolved(profile, job), model, published) for job in jobs])
+    parts = needs.parts if needs else []
+    downloads = pd.DataFrame(_downloads(model, parts), columns=["what", "bytes", "there"])
+    found = []
+    if needs:
+        left = _left(table, downloads)
+        found = checks.run_checks(needs, model.key, row, table["gpu_gib"].max(), left, _seconds_left(table))
+    return Preview(profile, _about(asked.world, model), table, downloads, found)
 
 
 def resolved(profile: str, job: Job) -> dict:
@@ -80,19 +82,15 @@ def resolved(profile: str, job: Job) -> dict:
     return {k: settings.get(k, v) for k, v in written.items() if k not in ("PROFILE", "VARIANT")}
 
 
-def _model(key: str, needs: Needs) -> _Model:
-    row = rows.model_row(key)
-    if not needs.card:
-        return _Model(key, row, None, None)
-    shape = budget.read_shape(row.hub if row else key)
-    sizes = {"four_bit": row.four_bit, "write": row.write, "read": row.read, "train": row.train or 16} if row else {}
-    return _Model(key, row, shape, Costs(shape, CARDS[needs.card], **sizes))
-
-
-def _stage(profile: str, job: Job, params: dict, model: _Model, measured: dict[str, float]) -> dict:
+def _stage(profile: str, job: Job, params: dict, model: _Model, published: dict[str, float]) -> dict:
     folder = places.run_dir(profile, job.stage, job.variant)
-    done = (folder / "run.json").exists()
-    seconds, source = _seconds(folder if done else None, job, params, model, measured)
+    record = read_record(folder) if (folder / "run.json").exists() else None
+    settings = job_settings(profile, job)
+    done = record is not None and all(record["params"].get(name) == value for name, value in settings.items())
+    if record and (done or job.label not in published):
+        seconds, source = record["seconds"], HERE if done else OTHER
+    else:
+        seconds, source = published.get(job.label, NAN), ELSEWHERE if job.label in published else NEVER
     return {
         "stage": job.label,
         "state": "finished" if done else "to do",
@@ -103,17 +101,8 @@ def _stage(profile: str, job: Job, params: dict, model: _Model, measured: dict[s
         "params": params,
         "reads": [need.label for need in job.needs] + ["results/metrics.csv"] * job.after_collect,
         "writes": folder.relative_to(places.root()).as_posix(),
+        "command": places.command(job.stage, job.variant, profile),
     }
-
-
-def _seconds(done: Path | None, job: Job, params: dict, model: _Model, measured: dict) -> tuple[float, str]:
-    """Seconds of a stage, and where the number comes from: never a guess."""
-    if done:
-        return read_record(done)["seconds"], "measured here"
-    if job.label in measured:
-        return measured[job.label], "measured, data/results"
-    found = stage_seconds(job.stage, job.variant, params, model.costs) if model.costs else None
-    return (found, "computed") if found is not None else (float("nan"), "unknown")
 
 
 def _published(profile: str) -> dict[str, float]:
@@ -144,7 +133,7 @@ def memory_plan(row: ModelRow, shape: Shape, params: dict) -> Plan:
 def _memory(job: Job, params: dict, model: _Model) -> float:
     """Largest GPU memory in bytes; nan where it is not known, or no model is run."""
     if not model.shape or not model.row or "MODEL" not in params:
-        return float("nan")
+        return NAN
     found = budget.peak(model.shape, memory_plan(model.row, model.shape, params))
     steps = {"write", OWN.get(job.stage, "write")} | ({"prefix"} if "PREFIX_STEPS" in params else set())
     return max(found[step] for step in steps)
@@ -153,7 +142,7 @@ def _memory(job: Job, params: dict, model: _Model) -> float:
 def _disk(job: Job, params: dict, model: _Model) -> float:
     """Bytes that a stage adds: features of images that no earlier stage has seen, a delta, what an edit keeps."""
     if not model.shape:
-        return float("nan")
+        return NAN
     first = job.stage in IMAGES and job.variant in ("", "base")
     images = params.get(IMAGES.get(job.stage, ""), 0) if first and model.row and model.row.cache else 0
     need = float(budget.features_bytes(model.shape, images))
@@ -166,25 +155,35 @@ def _disk(job: Job, params: dict, model: _Model) -> float:
 
 
 def _left(stages: pd.DataFrame, downloads: pd.DataFrame) -> float:
-    """Bytes that the study would still write; what edits keep while they run does not add up."""
+    """Bytes that the study would still write, nan where they are not known; what edits keep while they run does not
+    add up."""
     todo = stages[stages["state"] != "finished"]
     edits = todo["stage"].str.startswith("05_edit")
-    disk = todo.loc[~edits, "disk_gib"].sum() + (todo.loc[edits, "disk_gib"].max() if edits.any() else 0.0)
-    missing = downloads.loc[~downloads["there"].astype(bool), "bytes"].sum()
-    return (0.0 if pd.isna(disk) else disk * 2**30) + missing
+    disk = todo.loc[~edits, "disk_gib"].sum(skipna=False) + (todo.loc[edits, "disk_gib"].max() if edits.any() else 0.0)
+    return disk * 2**30 + downloads.loc[~downloads["there"].astype(bool), "bytes"].sum()
 
 
-def _downloads(model: _Model, needs: Needs) -> list[tuple[str, int, bool]]:
+def _seconds_left(stages: pd.DataFrame) -> float:
+    """Seconds of the stages still to run; nan where one of them was not measured as it would run."""
+    return _known(stages)[stages["state"] != "finished"].sum(skipna=False)
+
+
+def _known(stages: pd.DataFrame) -> pd.Series:
+    """Measured seconds; nan where a stage was not measured as it would run."""
+    return stages["seconds"].where(stages["source"] != OTHER)
+
+
+def _downloads(model: _Model, parts: list[str]) -> list[tuple[str, int, bool]]:
     found = []
     if model.row and model.shape:
         size = sum(budget.parameters(model.shape).values()) * budget.HALF
         found.append((f"{model.row.hub} at {model.row.revision[:12]}", size, checks.in_cache(model.row)))
-    if needs.parts:
+    if parts:
         from alea_lib.worlds.coco import load_catalogue, needed
         from alea_lib.worlds.fetch import Lock
 
-        left = needed(load_catalogue(), list(needs.parts), Lock(places.root() / "data" / "coco"))
-        found.append((f"COCO: {', '.join(needs.parts)}", left, not left))
+        left = needed(load_catalogue(), parts, Lock(places.root() / "data" / "coco"))
+        found.append((f"COCO: {', '.join(parts)}", left, not left))
     return found
 
 
@@ -192,8 +191,8 @@ def _size(folder: Path) -> int:
     return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
 
 
-def _about(asked: dict, model: _Model) -> str:
-    text = f"world {asked.get('world', '?')}, model {model.key or '?'}"
+def _about(world: str, model: _Model) -> str:
+    text = f"world {world or '?'}, model {model.key or '?'}"
     if row := model.row:
         text += f" ({row.hub} at {row.revision[:12]}, {row.dtype}{', NF4' if row.four_bit else ''})"
     return text
@@ -212,16 +211,26 @@ def text(p: Preview) -> str:
         )
         lines.append(f"    {' '.join(f'{k}={json.dumps(v)}' for k, v in s['params'].items()) or 'no parameters'}")
         lines.append(f"    reads {', '.join(s['reads']) or 'no other stage'}; writes {s['writes']}")
-    known = p.stages["seconds"].dropna()
-    more = f", and {len(p.stages) - len(known)} stages of unknown time" if len(known) < len(p.stages) else ""
-    allowed = f" (the profile allows for {p.hours:g} h)" if p.hours else ""
-    lines += ["", f"all stages one after the other: {duration(known.sum())}{more}{allowed}"]
-    lines += ["", "downloads" if len(p.downloads) else "downloads: none"]
+    lines += ["", *_total(p), "", "downloads" if len(p.downloads) else "downloads: none"]
     for d in p.downloads.to_dict("records"):
         lines.append(f"    {d['what']}: " + ("there" if d["there"] else f"{d['bytes'] / 1e9:.2f} GB"))
     lines += ["", "checks" if p.checks else "checks: none, the profile states no needs"]
     lines += [f"    {'pass' if c.ok else 'FAIL'}  {c.what}: {c.found}" for c in p.checks]
     return "\n".join(lines)
+
+
+def _total(p: Preview) -> list[str]:
+    """The sum of the measured times, and how to measure the others."""
+    known = _known(p.stages)
+    unknown = p.stages[known.isna()]
+    total = f"all stages one after the other: {duration(known.sum())}"
+    if not len(unknown):
+        return [total]
+    return [
+        *([f"{total}, and {len(unknown)} stages of unknown time"] if len(unknown) < len(known) else []),
+        "not measured: run it once, or a short probe with small numbers, e.g. "
+        f'{unknown["command"].iloc[0]} PARAMS="NAME=VALUE ..."',
+    ]
 
 
 def duration(seconds: float) -> str:

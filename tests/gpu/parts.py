@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import time
@@ -10,44 +9,28 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..runs.places import RunError, root
-from ..runs.record import code, hash_of, sha256, write_json
-from ..tables import write_csv
+from alea_lib.runs.checks import version
+from alea_lib.runs.paths import RunError, root
+from alea_lib.runs.record import code, hash_of, sha256, write_json
+from alea_lib.tables import write_csv
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "bitsandbytes",
-    "accelerate",
-    "peft",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pandas",
-)
+PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "tokenizers", "safetensors", "numpy",
+    "pandas")  # fmt: skip
 
 
 def environment(out: Path, device: str) -> None:
-    """What the check runs on: device, versions, commit and a hash of the library's sources."""
+    """What the check runs on: device, versions, commit and a hash of the sources of library and check."""
     import torch
 
-    found = {
-        "device": device,
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-    }
+    found = {"device": device, "python": platform.python_version()}
+    found |= {"cores": os.cpu_count(), "system": platform.system()}
     if device == "cuda":
         card = torch.cuda.get_device_properties(0)
         found |= {"gpu": card.name, "memory_gib": round(card.total_memory / 2**30, 1)}
         found |= {"capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda, "bf16": card.major >= 8}
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    sources = {p.relative_to(root()).as_posix(): sha256(p) for p in sorted((root() / "alea_lib").rglob("*.py"))}
+    versions = {name: version(name) or "none" for name in PACKAGES}
+    files = [path for folder in ("alea_lib", "tests/gpu") for path in sorted((root() / folder).rglob("*.py"))]
+    sources = {path.relative_to(root()).as_posix(): sha256(path) for path in files}
     whole = {**found, **code(), "versions": versions, "sources_sha256": hash_of(sources)}
     write_json(out / "environment.json", whole)
 
@@ -61,32 +44,31 @@ def tests(out: Path, device: str) -> None:
     class Listener:
         def pytest_runtest_logreport(self, report):
             if report.when == "call" or report.outcome != "passed":
-                told = str(report.longrepr)[-500:] if report.failed else ""
-                rows.append((report.nodeid.split("::", 1)[1], report.outcome, round(report.duration, 2), told))
+                message = str(report.longrepr)[-500:] if report.failed else ""
+                rows.append((report.nodeid.split("::", 1)[1], report.outcome, round(report.duration, 2), message))
                 write_csv(pd.DataFrame(rows, columns=["test", "outcome", "seconds", "message"]), out / "tests.csv")
 
     os.environ["ALEA_TEST_DEVICE"] = device
-    place = root() / "tests"
     options = ["-m", "cuda", "-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={root()}"]
-    code = pytest.main([str(place / "test_cuda.py"), *options], plugins=[Listener()])
+    code = pytest.main([str(root() / "tests" / "test_cuda.py"), *options], plugins=[Listener()])
     if code or not rows:
         raise RunError(f"pytest ended with {int(code)} after {len(rows)} tests; see tests.csv")
 
 
 def captions(out: Path, device: str, n: int) -> None:
     """Captions of the small world's shipped model on the device, beside those of the CPU."""
-    from ..vlm import load
-    from ..worlds.scenes import compose, sample
+    from alea_lib.vlm import load
+    from alea_lib.worlds.scenes import compose, sample
 
-    images, told, seconds = [compose(sample("test", i))[0] for i in range(n)], [], []
+    images, texts, seconds = [compose(sample("test", i))[0] for i in range(n)], [], []
     for where in ("cpu", device):
         started = time.perf_counter()
         vlm = load("scenes-natural", device=where)
         answers = vlm.generate(vlm.features(images), vlm.prompt("plain"), max_new_tokens=64)
-        told.append([a.text for a in answers])
+        texts.append([a.text for a in answers])
         seconds.append(round(time.perf_counter() - started, 2))
         print(f"{where}: {n} captions in {seconds[-1]} s")
-    write_json(out / "captions.json", {**agreement(*told), "devices": ["cpu", device], "seconds": seconds})
+    write_json(out / "captions.json", {**agreement(*texts), "devices": ["cpu", device], "seconds": seconds})
 
 
 def agreement(cpu: list[str], other: list[str]) -> dict:

@@ -17,43 +17,31 @@ from PIL import Image
 from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..edit.delta import applied, delta_of
-from ..edit.fit import fit_edit
-from ..edit.settings import EditSettings
-from ..locate.run import locate_heads
-from ..locate.settings import LocateSettings
-from ..prefix import PrefixSettings, fit_prefix, random_prefix
-from ..stats import RESAMPLES, interval
-from ..tables import write_csv
-from ..tail import capture
-from ..taps import full_weight
-from ..worlds.describe import noun_phrase
-from ..worlds.scenes import objects
+from alea_lib.edit.delta import applied, delta_of
+from alea_lib.edit.fit import fit_edit
+from alea_lib.edit.settings import EditSettings
+from alea_lib.locate.run import locate_heads
+from alea_lib.locate.settings import LocateSettings
+from alea_lib.prefix import PrefixSettings, fit_prefix, random_prefix
+from alea_lib.stats import RESAMPLES, interval
+from alea_lib.tables import write_csv
+from alea_lib.tail import capture
+from alea_lib.taps import full_weight
+from alea_lib.worlds.describe import noun_phrase
+from alea_lib.worlds.scenes import objects
+
 from .settings import KERNELS, LABEL, RATIO, Size
 from .shape import compute_dtype, edited_layers, random_llava
 
 AGAIN = 5  # times that an act is done for its time
 FEWEST_TURNS, TURNS_END = 5, 25.0  # of generation; no turn begins after so many seconds
 KERNEL_TURNS = 5
-COLUMNS = [
-    "what",
-    "setting",
-    "seconds",
-    "unit",
-    "ratio",
-    "lo",
-    "hi",
-    "repeats",
-    "peak_gib",
-    "reserved_gib",
-    "note",
-    "model",
-    "label",
-]
+COLUMNS = ["what", "setting", "seconds", "unit", "ratio", "lo", "hi", "repeats", "peak_gib", "reserved_gib", "note",
+    "model", "label"]  # fmt: skip
 
 
 class Meter:
-    """Seconds and, on a GPU, memory of an act: queued kernels are waited for before and after, peaks start anew."""
+    """Seconds and, on a GPU, memory of an act: queued kernels are waited for before and after, peaks are reset."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -65,7 +53,7 @@ class Meter:
         return time.perf_counter()
 
     def seconds(self, act: Callable) -> float:
-        """Time alone. Memory that earlier acts took stays with the allocator: asking for it anew would be timed too."""
+        """Time alone. Memory of earlier acts stays with the allocator: asking for it again would be timed too."""
         start = self.clock()
         act()
         return self.clock() - start
@@ -108,9 +96,9 @@ def made_pairs(n: int, sentences: int, seed: int = 0) -> pd.DataFrame:
     rng, rows = np.random.default_rng(seed), []
     for _ in range(n):
         names = rng.permutation(objects())[: sentences + sentences // 2].tolist()
-        told, wrong = names[:sentences], names[sentences:]
-        false = [wrong[i // 2] if i % 2 and i // 2 < len(wrong) else name for i, name in enumerate(told)]
-        texts = [" ".join(f"There is {noun_phrase(name)}." for name in side) for side in (told, false)]
+        true, wrong = names[:sentences], names[sentences:]
+        false = [wrong[i // 2] if i % 2 and i // 2 < len(wrong) else name for i, name in enumerate(true)]
+        texts = [" ".join(f"There is {noun_phrase(name)}." for name in side) for side in (true, false)]
         rows.append((*texts, wrong))
     return pd.DataFrame(rows, columns=["positive", "negative", "wrong"])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..families import family
-from ..vlm import VLM, Reader, keep_trainable_on_cpu
+from alea_lib.families import family
+from alea_lib.vlm import VLM, Reader, keep_trainable_on_cpu
+
 from .settings import Size
 
 PATCH = 14
@@ -81,7 +82,7 @@ def config(size: Size, tokenizer):
 def _reader(size: Size) -> Reader:
     from transformers import CLIPImageProcessorPil
 
-    from ..zoo.text import build_tokenizer
+    from alea_lib.zoo.text import build_tokenizer
 
     crop = {"height": size.image, "width": size.image}
     return Reader(build_tokenizer(), CLIPImageProcessorPil(size={"shortest_edge": size.image}, crop_size=crop))

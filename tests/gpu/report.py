@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..tables import read_csv, write_csv
+from alea_lib.tables import read_csv, write_csv
+
 from .settings import EQUAL, KERNELS, LABEL, OVERHEAD, PEAK_GIB, RATIO
 
 COLUMNS = ["bar", "limit", "found", "verdict"]
@@ -16,7 +17,7 @@ NOT_JUDGED = "not judged"
 
 def bars(out: Path, device: str) -> pd.DataFrame:
     """One row a bar: pass, fail, or not judged (memory and time of a CPU say nothing). No figure is a failure."""
-    tests, costs, told = _read(out / "tests.csv"), _read(out / "costs.csv"), _read(out / "captions.json")
+    tests, costs, captions = _read(out / "tests.csv"), _read(out / "costs.csv"), _read(out / "captions.json")
     bad = f"{(tests['outcome'] != 'passed').sum()} of {len(tests)}" if len(tests) else ""
     for column in {"peak_gib", "ratio", "lo", "hi"} & set(costs):  # empty throughout, they come back as texts
         costs[column] = pd.to_numeric(costs[column])
@@ -24,27 +25,13 @@ def bars(out: Path, device: str) -> pd.DataFrame:
     whole = len(edits) == 2 and edits["peak_gib"].notna().all()
     peak = edits["peak_gib"].max() if whole else None
     ratio, about = _ratio(costs) if len(costs) else (None, "")
-    share = told.get("share") if isinstance(told, dict) else None
+    share = captions.get("share") if isinstance(captions, dict) else None
+    most, longest = "peak memory of an edit of four down-projections, GiB", "time of generation, edited / base"
     rows = [
         ("tests on the device that did not pass", "0", bad, bad.startswith("0 ")),
-        (
-            "peak memory of an edit of four down-projections, GiB",
-            f"<= {PEAK_GIB:g}",
-            _text(peak),
-            peak is not None and peak <= PEAK_GIB,
-        ),
-        (
-            "time of generation, edited / base",
-            f"<= {OVERHEAD:g}",
-            _text(ratio) + about,
-            ratio is not None and ratio <= OVERHEAD,
-        ),
-        (
-            "small world's captions equal to the CPU's",
-            f">= {EQUAL:g}",
-            _text(share),
-            share is not None and share >= EQUAL,
-        ),
+        (most, f"<= {PEAK_GIB:g}", _text(peak), peak is not None and peak <= PEAK_GIB),
+        (longest, f"<= {OVERHEAD:g}", _text(ratio) + about, ratio is not None and ratio <= OVERHEAD),
+        ("small world's captions equal to the CPU's", f">= {EQUAL:g}", _text(share), (share or 0.0) >= EQUAL),
     ]
     verdicts = [(*row[:3], "pass" if row[3] else "fail") for row in rows]
     if device == "cpu":

@@ -1,4 +1,4 @@
-"""python -m alea_lib.gpu_check --out FOLDER: every part in a process of its own, so that none takes another along."""
+"""python -m gpu --out FOLDER: every part in a process of its own, so that none takes another along."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..runs.places import RunError, root
+from alea_lib.runs.paths import RunError, root
+
 from .report import write_report
 from .settings import FILES, PARTS, SIZES
 
@@ -22,7 +23,7 @@ START = 25.0  # seconds of a part that go to imports and to building the model
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m alea_lib.gpu_check", description=__doc__)
+    top = argparse.ArgumentParser(prog="python -m gpu", description=__doc__)
     top.add_argument("--out", type=Path, required=True, help="folder of the results, at most eight small files")
     top.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     top.add_argument("--size", choices=tuple(SIZES), default="7b")
@@ -74,7 +75,7 @@ def run_part(part: str, out: Path, device: str, size: str, seconds: float) -> No
 
 def command(part: str, args: argparse.Namespace) -> list[str]:
     options = ["--out", str(args.out), "--device", args.device, "--size", args.size, "--patience", str(args.patience)]
-    return [sys.executable, "-m", "alea_lib.gpu_check", *options, "--part", part]
+    return [sys.executable, "-m", "gpu", *options, "--part", part]
 
 
 def run_all(args: argparse.Namespace) -> pd.DataFrame:
@@ -82,7 +83,11 @@ def run_all(args: argparse.Namespace) -> pd.DataFrame:
     args.out.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (args.out / name).unlink(missing_ok=True)
-    paths = [str(root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    paths = [
+        str(root()),
+        str(Path(__file__).parents[1]),
+        *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)),
+    ]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ALEA_ROOT": str(root()), "HF_HUB_OFFLINE": "1"}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0", "TQDM_DISABLE": "1"}
     rows = []
