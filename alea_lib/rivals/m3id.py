@@ -11,8 +11,8 @@ from math import exp
 import torch
 
 from ..vlm import VLM, Batch
-from .registry import Rival, register
-from .stream import Stream, plausible, without_image
+from .common import Stream, plausible, without_image
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,6 @@ def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
 
 register(
-    Rival("m3id", "decoding", m3id, M3idSettings(), tuple({"rate": r} for r in (0.02, 0.05, 0.1)),
-          "contrast with no picture, growing along the answer", "Favero et al. 2024")
+    Baseline("m3id", "decoding", m3id, M3idSettings(), tuple({"rate": r} for r in (0.02, 0.05, 0.1)),
+             "contrast with no picture, growing along the answer", "Favero et al. 2024")
 )  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..vlm import VLM, Batch
-from .registry import Rival, register
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,6 @@ def _dice(seed: int, feature: torch.Tensor, question: str) -> torch.Generator:
 
 
 register(
-    Rival("nucleus", "decoding", nucleus, NucleusSettings(), ({"p": 0.9}, {"p": 0.5}),
-          "sampling from the likeliest tokens", "Holtzman et al. 2020")
+    Baseline("nucleus", "decoding", nucleus, NucleusSettings(), ({"p": 0.9}, {"p": 0.5}),
+             "sampling from the likeliest tokens", "Holtzman et al. 2020")
 )  # fmt: skip

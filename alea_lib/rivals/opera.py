@@ -27,8 +27,8 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
+from .common import Columns
+from .registry import Baseline, register
 
 PUBLISHED_WORDS = 100  # of a caption of LLaVA-1.5-7B
 CEILING = 700.0  # of a penalty's logarithm: what double precision holds
@@ -244,6 +244,6 @@ def positions(vlm: VLM, batch: Batch, mask: torch.Tensor) -> dict[str, torch.Ten
 # as published; for captions of the small world's 25 words, also with a milder scale, also without going back
 GRID = ({}, {"words": 25}, {"words": 25, "scale": 20.0}, {"words": 25, "times": 0})
 register(
-    Rival("opera", "decoding", opera, OperaSettings(), GRID, "beams; leaning on one's own words costs; going back",
-          "OPERA: Huang et al. 2024 (CVPR), official code")
+    Baseline("opera", "decoding", opera, OperaSettings(), GRID, "beams; leaning on one's own words costs; going back",
+             "OPERA: Huang et al. 2024 (CVPR), official code")
 )  # fmt: skip

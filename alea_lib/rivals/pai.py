@@ -14,10 +14,8 @@ import torch
 
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
-from .scale import at_depth
-from .stream import Stream, plausible, without_image
+from .common import Columns, Stream, at_depth, plausible, without_image
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,6 @@ def pai(s: PaiSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torc
 
 GRID = tuple({"alpha": a, "gamma": g} for a, g in ((0.2, 1.1), (0.5, 1.1), (0.2, 1.5), (0.5, 1.5), (0.5, 1.0)))
 register(
-    Rival("pai", "decoding", pai, PaiSettings(), GRID, "image attention raised, guidance against the prompt alone",
-          "PAI: Liu et al. 2024 (ECCV), official code")
+    Baseline("pai", "decoding", pai, PaiSettings(), GRID, "image attention raised, guidance against the prompt alone",
+             "PAI: Liu et al. 2024 (ECCV), official code")
 )  # fmt: skip

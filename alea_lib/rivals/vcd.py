@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ..vlm import VLM, Batch
-from .registry import Rival, Views, register
-from .stream import Stream, plausible, with_features
+from .common import Stream, plausible, with_features
+from .registry import Baseline, Views, register
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,6 @@ def vcd(
 
 
 register(
-    Rival("vcd", "decoding", vcd, VcdSettings(), ({"alpha": 0.5}, {}, {"step": 999}),
-          "contrast with a noisy picture", "Leng et al. 2024, official code", view=noised)
+    Baseline("vcd", "decoding", vcd, VcdSettings(), ({"alpha": 0.5}, {}, {"step": 999}),
+             "contrast with a noisy picture", "Leng et al. 2024, official code", view=noised)
 )  # fmt: skip
