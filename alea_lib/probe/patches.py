@@ -70,7 +70,7 @@ def windows(patches: int, block: int) -> torch.Tensor:
     """[P,P] bool: row p is the square of ``block`` x ``block`` patches around patch p, cut at the image's edge."""
     side = round(patches**0.5)
     if side * side != patches:
-        raise DataError(f"{patches} image positions form no square: maps need a family whose patches tile the picture")
+        raise DataError(f"{patches} image positions form no square: maps need a family whose patches tile the image")
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).reshape(2, -1)
     return ((at[:, :, None] - at[:, None]).abs() <= block // 2).all(0)
 

@@ -1,4 +1,4 @@
-"""M3ID (Favero et al., CVPR 2024): what the model would also say without a picture counts against a token, more and
+"""M3ID (Favero et al., CVPR 2024): what the model would also say without a image counts against a token, more and
 more as the answer grows."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class M3idSettings:
 
 @contextmanager
 def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
-    """Log-probabilities l + (exp(rate t) - 1)(l - l without picture), t = 1 for the first token."""
+    """Log-probabilities l + (exp(rate t) - 1)(l - l without image), t = 1 for the first token."""
     blind = Stream(vlm, *without_image(vlm, batch, embeds, mask))
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -43,5 +43,5 @@ def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
 register(
     Baseline("m3id", "decoding", m3id, M3idSettings(), tuple({"rate": r} for r in (0.02, 0.05, 0.1)),
-             "contrast with no picture, growing along the answer", "Favero et al. 2024")
+             "contrast with no image, growing along the answer", "Favero et al. 2024")
 )  # fmt: skip

@@ -25,7 +25,7 @@ class NucleusSettings:
 @contextmanager
 def nucleus(s: NucleusSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
     """Samples by the Gumbel trick: the likeliest token after noise is a sample. Each item's noise comes from the seed
-    and its own picture and question, so that an answer does not hang on its batch, nor on torch's global state."""
+    and its own image and question, so that an answer does not hang on its batch, nor on torch's global state."""
     dice = [_dice(s.seed, f, q) for f, q in zip(batch.features, batch.questions, strict=True)]
 
     def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -38,8 +38,8 @@ def raised(scores: torch.Tensor, image: torch.Tensor, alpha: float) -> torch.Ten
 def guided(scores: torch.Tensor, blind: torch.Tensor, gamma: float, beta: float) -> torch.Tensor:
     """Scores [B,V] and those of the stream without image -> log p + (gamma - 1)(log p - log p without image), -inf for
     tokens with p < beta max p."""
-    seen, unseen = scores.float().log_softmax(-1), blind.float().log_softmax(-1)
-    return torch.where(plausible(scores, beta), gamma * (seen - unseen) + unseen, -torch.inf)
+    own, prior = scores.float().log_softmax(-1), blind.float().log_softmax(-1)
+    return torch.where(plausible(scores, beta), gamma * (own - prior) + prior, -torch.inf)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Rivals that need no model passes beyond their own: beams, a stronger wish to stop, other words, a shorter caption."""
+"""Baselines without further model passes: beams, a stronger wish to stop, other words, a shorter caption."""
 
 from __future__ import annotations
 

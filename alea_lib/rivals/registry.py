@@ -44,34 +44,13 @@ from ..vlm import VLM
 KINDS = ("decoding", "delta", "prompt", "after")
 # name of a baseline -> the file of this folder that registers it
 MODULES: dict[str, str] = {
-    "truncation": "plain",
-    "stop-early": "plain",
-    "careful-prompt": "plain",
-    "beam": "plain",
-    "nucleus": "nucleus",
-    "vcd": "vcd",
-    "m3id": "m3id",
-    "dola": "dola",
-    "pai": "pai",
-    "opera": "opera",
-    "adhh": "adhh",
-    "spin": "spin",
-    "vhr": "vhr",
-    "nullu": "nullu",
-    "dpo": "dpo",
-    "sft": "supervised",
-    "lora-all": "supervised",
-    "no-prefix": "alea",
-    "random-prefix": "alea",
-    "random-layers": "alea",
-    "last-layer": "alea",
-    "all-layers": "alea",
-    "heads": "alea",
-    "lora": "alea",
-    "alea-official": "alea",
-    "alea-corrected": "alea",
-    "alea-mixed": "alea",
-}
+    "truncation": "plain", "stop-early": "plain", "careful-prompt": "plain", "beam": "plain",
+    "nucleus": "nucleus", "vcd": "vcd", "m3id": "m3id", "dola": "dola", "pai": "pai", "opera": "opera",
+    "adhh": "adhh", "spin": "spin", "vhr": "vhr", "nullu": "nullu",
+    "dpo": "dpo", "sft": "supervised", "lora-all": "supervised",
+    "no-prefix": "alea", "random-prefix": "alea", "random-layers": "alea", "last-layer": "alea", "all-layers": "alea",
+    "heads": "alea", "lora": "alea", "alea-official": "alea", "alea-corrected": "alea", "alea-mixed": "alea",
+}  # fmt: skip
 ROWS: dict[str, Baseline] = {}
 
 

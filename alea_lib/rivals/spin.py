@@ -1,4 +1,4 @@
-"""SPIN (Sarkar et al. 2025): in each layer, heads that look little at the image are turned down, anew at each token."""
+"""SPIN (Sarkar et al. 2025): at each token and in each layer, heads that look little at the image are turned down."""
 
 from __future__ import annotations
 
