@@ -10,18 +10,10 @@ from ..worlds.write import Split
 
 
 def captions(
-    vlm: VLM,
-    split: Split,
-    features: torch.Tensor,
-    prompt: str = "plain",
-    max_new_tokens: int = 64,
-    prefix=None,
-    **options,
+    vlm: VLM, split: Split, features: torch.Tensor, prompt: str = "plain", max_new_tokens: int = 64, **options
 ) -> pd.DataFrame:
     """Captions of a split: image_id, caption, n_tokens, eos. ``options`` are those of ``generate``."""
-    answers = vlm.generate(
-        features, vlm.prompt(prompt), max_new_tokens, prefix=prefix, progress=f"captions {prompt}", **options
-    )
+    answers = vlm.generate(features, vlm.prompt(prompt), max_new_tokens, progress=f"captions {prompt}", **options)
     rows = {"caption": [a.text for a in answers], "n_tokens": [a.n_tokens for a in answers]}
     return pd.DataFrame({"image_id": split.ids, **rows, "eos": [a.eos for a in answers]})
 

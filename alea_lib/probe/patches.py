@@ -39,7 +39,7 @@ def patch_maps(
     features: torch.Tensor,
     table: pd.DataFrame,
     truth: Truth,
-    settings: PatchSettings | None = None,
+    s: PatchSettings = PatchSettings(),
     progress: str = "",
 ) -> pd.DataFrame:
     """Two maps over the image's patches for each object word of each caption: one row a word.
@@ -52,7 +52,6 @@ def patch_maps(
     grey image, the rest of the answer forced; in nats, positive = the patches speak for the word.
     DataError unless the patches form a square.
     """
-    s = settings or PatchSettings()
     around = windows(features.shape[1], s.block)
     blank, rows = blank_features(vlm, split)[0], []
     single = object_batches(vlm, features, table, truth, s.prompt, batch_size=1)

@@ -1,22 +1,17 @@
-"""The baselines: other ways to fewer hallucinations, all with the same three parts.
+"""The baselines: other ways to fewer hallucinations.
 
-A baseline is one file of this folder and one line in :data:`MODULES`; one of a notebook is registered there, without a
-line. It brings
+A baseline is one file of this folder and one entry of :data:`MODULES`; a notebook may register its own without either.
+It brings *settings* (a frozen dataclass, the published constants as defaults), a *grid* of them among which
+:mod:`alea_lib.rivals.trial` chooses, and ``apply``, by its ``kind``:
 
-* *settings*: a frozen dataclass, the published constants as defaults;
-* ``apply``, by its ``kind``:
-
-  - ``decoding``: ``apply(settings, vlm, batch, embeds, mask)`` is a context manager that yields a dict of options for
-    ``generate`` (``logits_processor`` a list, ``num_beams``, ...). It is entered once for each batch, before the
-    prompt is read, and left when the batch is written, so that hooks are set inside it. ``batch`` (padded on the left)
-    says where the image is: ``batch.ids == vlm.image_id``. ``embeds`` [B,T+k,D] and ``mask`` [B,T+k] have the k rows
-    of a soft prefix too, which never stand before the image, so the image's columns are those of ``batch.ids``;
-  - ``delta``: ``apply(vlm, features, pairs, settings)`` gives a :class:`~alea_lib.edit.delta.Delta` (or it and a
-    table);
-  - ``prompt``: ``apply(settings)`` gives the prompt role;
-  - ``after``: ``apply(settings, captions)`` rewrites the table of captions of the base model;
-
-* *grid*: the settings among which :mod:`alea_lib.rivals.trial` chooses.
+* ``decoding``: ``apply(settings, vlm, batch, embeds, mask)`` is a context manager that yields a dict of options for
+  ``generate`` (``logits_processor`` a list, ``num_beams``, ...). It is entered once for each batch, before the prompt
+  is read, and left when the batch is written, so that hooks are set inside it. ``batch`` (padded on the left) says
+  where the image is: ``batch.ids == vlm.image_id``. ``embeds`` [B,T+k,D] and ``mask`` [B,T+k] have the k rows of a soft
+  prefix too, which never stand before the image, so the image's columns are those of ``batch.ids``;
+* ``delta``: ``apply(vlm, features, pairs, settings)`` gives a :class:`~alea_lib.edit.delta.Delta` (or it and a table);
+* ``prompt``: ``apply(settings)`` gives the prompt role;
+* ``after``: ``apply(settings, captions)`` rewrites the table of captions of the base model.
 
 Two things a decoding baseline may need beforehand: ``learn(vlm, features, pairs, settings)`` gives settings that are
 completed from pairs (which heads), ``view(vlm, files, settings)`` gives other features [N,P,D] of the images, which

@@ -114,9 +114,7 @@ class EvaluationSetup:
         )  # fmt: skip
 
 
-def tune(
-    setup: EvaluationSetup, baseline: Baseline, tolerance: float = 0.03
-) -> tuple[Baseline, pd.DataFrame, dict[str, float]]:
+def tune(setup: EvaluationSetup, baseline: Baseline) -> tuple[Baseline, pd.DataFrame, dict[str, float]]:
     """The baseline fitted with its chosen settings, the record, and the passes of one fit with them.
 
     Record: rival (the baseline's name), settings (what is changed of the defaults, as JSON), chair_s, recall,
@@ -134,7 +132,7 @@ def tune(
             | {"frontier_gap": gap["value"], "n": len(written)}
         )
     record = pd.DataFrame(rows)
-    best = choose(record, _caption_scores(setup.validate.base, setup.validate.truth)["recall"], tolerance)
+    best = choose(record, _caption_scores(setup.validate.base, setup.validate.truth)["recall"])
     record["chosen"] = [i == best for i in range(len(record))]
     return tried[best][0], record, tried[best][1]
 
@@ -163,13 +161,13 @@ class Case:
     passes: dict[str, float]
 
 
-def baseline_case(setup: EvaluationSetup, baseline: Baseline, folder: Path, tolerance: float = 0.03) -> Case:
+def baseline_case(setup: EvaluationSetup, baseline: Baseline, folder: Path) -> Case:
     """Tune and evaluate a baseline; read from ``folder`` if that was done before. ``case.json`` is written last."""
     mark = folder / "case.json"
     if mark.is_file():
         return _read(baseline, folder, json.loads(mark.read_text(encoding="utf-8")))
     folder.mkdir(parents=True, exist_ok=True)
-    fitted, tuning, passes = tune(setup, baseline, tolerance)
+    fitted, tuning, passes = tune(setup, baseline)
     evaluated = setup.evaluated(fitted)
     write_evaluated(evaluated, folder)
     write_jsonl(tuning, folder / "tuning.jsonl")
