@@ -1,6 +1,6 @@
 """AD-HH (Yang et al. 2025): heads that were found to drive hallucination are switched off while they look at the text.
 
-Two acts: :func:`find_heads` scores all heads on pairs by zero-ablation, once a model; :func:`adhh` writes with them.
+Two steps: :func:`find_heads` scores all heads on pairs by zero-ablation, once a model; :func:`adhh` writes with them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""M3ID (Favero et al., CVPR 2024): what the model would also say without a image counts against a token, more and
+"""M3ID (Favero et al., CVPR 2024): what the model would also say without an image counts against a token, more and
 more as the answer grows."""
 
 from __future__ import annotations

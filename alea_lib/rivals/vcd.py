@@ -26,7 +26,7 @@ class VcdSettings:
 
 
 def noised_share(step: int) -> float:
-    """How much of a image's variance is left after so many of 1,000 steps (official code: sigmoid schedule)."""
+    """How much of an image's variance is left after so many of 1,000 steps (official code: sigmoid schedule)."""
     if not 0 <= step < 1000:
         raise ValueError(f"step is {step}, it must be 0 to 999")
     betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
@@ -34,8 +34,8 @@ def noised_share(step: int) -> float:
 
 
 def noised(vlm: VLM, files: list[Path], s: VcdSettings) -> torch.Tensor:
-    """Features [N,P,D] of the images under diffusion noise, added to the pixels as the model sees them, one seed a
-    image."""
+    """Features [N,P,D] of the images under diffusion noise, added to the pixels as the model sees them, each image
+    with a seed of its own."""
     left = noised_share(s.step)
 
     def change(index: range, pixels: torch.Tensor) -> torch.Tensor:
