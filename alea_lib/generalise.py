@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from .edit.delta import applied, load_delta, save_delta
+from .edit.delta import Delta, applied, load_delta, save_delta
 from .edit.fit import answer_nll, fit_edit
 from .edit.settings import EditSettings
 from .families import FAMILIES
@@ -40,8 +38,8 @@ def family_table() -> pd.DataFrame:
     """What is known of each family: row, type, text parts, what an image is to the decoder, and addresses."""
     rows = []
     for row in FAMILIES.values():
-        mask = "causal" if row.told is causal else row.told.__name__.replace("_", " ")
         image = "queries of a Q-Former" if row.queries else "projected patches"
+        mask = "causal" if row.told is causal else row.told.__name__.replace("_", " ")
         rows.append((row.name, row.model_type, ", ".join(row.decoders), image, mask, row.down_proj, row.o_proj))
     columns = ["family", "model type", "text part", "the image is", "positions and mask", "down_proj", "o_proj"]
     return pd.DataFrame(rows, columns=columns)
@@ -56,15 +54,16 @@ def verify_family(name: str) -> pd.DataFrame:
     vlm, places = build(name)
     rng = np.random.default_rng(0)
     features = vlm.features([Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)) for _ in range(3)])
-    bench = _Bench(vlm, features, places)
     rows = []
-    for check in CHECKS:
-        started = time.perf_counter()
-        try:
-            passed, found = getattr(bench, check.replace(" ", "_"))()
-        except (RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            passed, found = False, f"{type(error).__name__}: {error}"
-        rows.append((name, check, bool(passed), found, time.perf_counter() - started))
+    with tempfile.TemporaryDirectory() as folder:
+        bench = _Bench(vlm, features, places, Path(folder))
+        for check in CHECKS:
+            started = time.perf_counter()
+            try:
+                passed, found = getattr(bench, check.replace(" ", "_"))()
+            except (RuntimeError, ValueError, KeyError, AttributeError, IndexError) as error:
+                passed, found = False, f"{type(error).__name__}: {error}"
+            rows.append((name, check, bool(passed), found, time.perf_counter() - started))
     return pd.DataFrame(rows, columns=["family", "check", "passed", "found", "seconds"])
 
 
@@ -76,10 +75,11 @@ def verified_families(names: list[str] | None = None) -> pd.DataFrame:
 class _Bench:
     """One tiny model; each check returns whether it holds and what was found."""
 
-    def __init__(self, vlm: VLM, features: torch.Tensor, places: int):
-        self.vlm, self.features, self.places, self.edited = vlm, features, places, None
+    def __init__(self, vlm: VLM, features: torch.Tensor, places: int, folder: Path):
+        self.vlm, self.features, self.places, self.folder = vlm, features, places, folder
         self.positives, self.negatives = PAIRS["positive"].tolist(), PAIRS["negative"].tolist()
         self.settings = LocateSettings(sites="answer")
+        self.edited: Delta | None = None
 
     def image_span(self):
         """As many placeholders as the family has positions, in one piece, before the question."""
@@ -109,7 +109,7 @@ class _Bench:
     def edit(self):
         """The grounded answers become likelier, and the model itself stays as it was."""
         batch = self.vlm.encode(self.features, self.vlm.prompt("plain"), self.positives)
-        layers = tuple(range(self.vlm.n_layers))[-2:]
+        layers = (self.vlm.n_layers - 2, self.vlm.n_layers - 1)
         settings = EditSettings(layers=layers, prefix_share=0.0, epochs=2, batch=3, lr=1e-2)
         self.edited = fit_edit(self.vlm, self.features, self.positives, None, settings)[0]
         with torch.no_grad():
@@ -120,29 +120,23 @@ class _Bench:
         return after < base and kept, f"NLL of the positives {base:.2f} to {after:.2f}"
 
     def delta(self):
-        with _folder() as folder:
-            save_delta(self.edited, folder / "delta.safetensors")
-            again = load_delta(folder / "delta.safetensors")
+        path = self.folder / "delta.safetensors"
+        save_delta(self.edited, path)
+        again = load_delta(path)
         with applied(self.vlm, again):
-            told = self._write(self.vlm)
+            answers = self._answers(self.vlm)
         with applied(self.vlm, self.edited):
-            return told == self._write(self.vlm), f"{len(again.weights)} matrices"
+            return answers == self._answers(self.vlm), f"{len(again.weights)} matrices"
 
     def reload(self):
-        """The edited checkpoint, saved and loaded anew from its folder, writes the same tokens."""
-        processor = self.vlm.processor
-        with _folder() as folder, applied(self.vlm, self.edited):
+        """The edited checkpoint, saved and loaded from its folder, writes the same tokens."""
+        processor, folder = self.vlm.processor, self.folder / "checkpoint"
+        with applied(self.vlm, self.edited):
             self.vlm.model.save_pretrained(folder)
             for part in [processor] if hasattr(processor, "save_pretrained") else vars(processor).values():
                 part.save_pretrained(folder)
             again = load(str(folder), device="cpu")
-            return self._write(again) == self._write(self.vlm), f"row {again.row.name}"
+            return self._answers(again) == self._answers(self.vlm), f"row {again.row.name}"
 
-    def _write(self, vlm: VLM) -> list[str]:
+    def _answers(self, vlm: VLM) -> list[str]:
         return [a.text for a in vlm.generate(self.features, QUESTION, 6)]
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as name:
-        yield Path(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -66,30 +66,27 @@ def read_benchmarks(world: World, image_ids: list[int]) -> Benchmarks:
         if not world.has(name):
             lacking[name] = f"the world {world.info['name']} has no {name.upper()} questions"
             continue
-        table, n = read(world, image_ids)
-        if n:
-            found[name] = table
+        asked = read(world, image_ids)
+        if len(asked.queries if name == "amber" else asked):
+            found[name] = asked
         else:
             lacking[name] = f"no {name.upper()} question is about the images that were looked at"
     return Benchmarks(**found, lacking=lacking)
 
 
-def _read_pope(world: World, image_ids: list[int]) -> tuple[pd.DataFrame, int]:
+def _read_pope(world: World, image_ids: list[int]) -> pd.DataFrame:
     asked = {s: read_pope(world.pope(s)) for s in SETTINGS}
     parts = [q.assign(setting=s, question_id=s + q["question_id"].astype(str)) for s, q in asked.items()]
-    own = _about(pd.concat(parts, ignore_index=True), image_ids)[QUESTION]
-    return own, len(own)
+    return _about(pd.concat(parts, ignore_index=True), image_ids)[QUESTION]
 
 
-def _read_mme(world: World, image_ids: list[int]) -> tuple[pd.DataFrame, int]:
-    own = _about(read_mme(world.mme()), image_ids)
-    return own, len(own)
+def _read_mme(world: World, image_ids: list[int]) -> pd.DataFrame:
+    return _about(read_mme(world.mme()), image_ids)
 
 
-def _read_amber(world: World, image_ids: list[int]) -> tuple[Amber, int]:
+def _read_amber(world: World, image_ids: list[int]) -> Amber:
     whole = read_amber(world.amber())
-    own = replace(whole, queries=_about(whole.queries, image_ids))
-    return own, len(own.queries)
+    return replace(whole, queries=_about(whole.queries, image_ids))
 
 
 def _about(table: pd.DataFrame, image_ids: list[int]) -> pd.DataFrame:
@@ -116,25 +113,26 @@ def evaluate(
     asked = [q.assign(benchmark=b) for b, q in benchmarks.questions().items()]
     asked = pd.concat(asked, ignore_index=True) if asked else pd.DataFrame(columns=["benchmark", *QUESTION])
     with applied(vlm, delta):
-        told = captions(vlm, split, features, prompt, max_new_tokens, decoding=decoding)
-        said = yes_no_answers(vlm, split, features, asked, name="questions", decoding=decoding)
-    parts = [_caption_items(told, truth, max_new_tokens), *_question_items(said, told, benchmarks)]
+        written = captions(vlm, split, features, prompt, max_new_tokens, decoding=decoding)
+        answers = yes_no_answers(vlm, split, features, asked, name="questions", decoding=decoding)
+    parts = [_caption_items(written, truth, max_new_tokens), *_question_items(answers, written, benchmarks)]
+    notes = {f"{name}_*": why for name, why in benchmarks.lacking.items()}
+    if delta is None:
+        notes["kl_clean"] = "the distance from the unedited model is defined for edits alone"
     if decoding is None:
-        parts += _forced_items(vlm, split, features, told, truth, delta, prompt, n_grounding)
-    notes = [(f"{name}_*", why) for name, why in benchmarks.lacking.items()]
-    notes += [] if delta else [("kl_clean", "the distance from the unedited model is defined for edits alone")]
-    if decoding is not None:
+        parts += _forced_items(vlm, split, features, written, truth, delta, prompt, n_grounding)
+    else:
         why = "the method changes how an answer is written; the model that reads a given answer is not changed"
-        notes += [(m, why) for m in FORCED]
-    return Evaluated(told, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
+        notes |= dict.fromkeys(FORCED, why)
+    return Evaluated(written, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
 
 
-def _forced_items(vlm, split: Split, features, told, truth: Truth, delta, prompt: str, n: int | None) -> list:
+def _forced_items(vlm, split, features, written, truth, delta, prompt, n_grounding) -> list[pd.DataFrame]:
     """Items of the measures that read given answers: shares of attention, other images, references."""
-    few = split.take(n)
+    few = split.take(n_grounding)
     with applied(vlm, delta):
-        share = attention_share(vlm, features, told, prompt)
-        effect = counterfactual(vlm, few, features[: len(few.ids)], told[: len(few.ids)], truth, prompt)
+        share = attention_share(vlm, features, written, prompt)
+        effect = counterfactual(vlm, few, features[: len(few.ids)], written[: len(few.ids)], truth, prompt)
     kept = ability(vlm, features, first_references(split), delta, prompt)
     return [
         share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
@@ -143,24 +141,25 @@ def _forced_items(vlm, split: Split, features, told, truth: Truth, delta, prompt
     ]
 
 
-def _question_items(said: pd.DataFrame, told: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
+def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
     """Items of the benchmarks that there are; AMBER's descriptions are the captions of its images."""
-    keys = ["setting", "question_id", "answer"]
-    answers = {b: said.loc[said["benchmark"] == b, keys] for b in benchmarks.questions()}
+    by_benchmark = {
+        b: answers.loc[answers["benchmark"] == b, ["setting", "question_id", "answer"]] for b in benchmarks.questions()
+    }
     parts = []
-    if "pope" in answers:
-        found = pope(answers["pope"], benchmarks.pope)
+    if "pope" in by_benchmark:
+        found = pope(by_benchmark["pope"], benchmarks.pope)
         by_setting = {"all": found.items, **found.by_setting}
         parts += [items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()]
-    if "mme" in answers:
-        parts.append(mme(answers["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"))
-    if "amber" in answers:
-        parts.append(_amber_items(told, answers["amber"], benchmarks.amber))
+    if "mme" in by_benchmark:
+        parts.append(mme(by_benchmark["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"))
+    if "amber" in by_benchmark:
+        parts.append(_amber_items(written, by_benchmark["amber"], benchmarks.amber))
     return parts
 
 
-def _amber_items(told: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
-    described = told[told["image_id"].isin(benchmark.queries["image_id"])]
+def _amber_items(written: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
+    described = written[written["image_id"].isin(benchmark.queries["image_id"])]
     responses = amber_responses(described[["image_id", "caption"]], answers, benchmark)
     return amber(responses, benchmark).items.assign(benchmark="amber", setting="all")
 
@@ -169,28 +168,26 @@ def truncated(
     base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int, benchmark: Amber | None = None
 ) -> Evaluated:
     """The control ``truncation``: the base model's captions without their last sentence, scored as captions alone."""
-    told = drop_last_sentence(base_captions)
-    parts = [_caption_items(told, truth, max_new_tokens)]
+    shortened = drop_last_sentence(base_captions)
+    parts = [_caption_items(shortened, truth, max_new_tokens)]
     if benchmark is not None:
-        parts.append(_amber_items(told, None, benchmark)[COLUMNS])
+        parts.append(_amber_items(shortened, None, benchmark)[COLUMNS])
     why = "truncation cuts captions after they are written: the model that answers and attends is the base model"
     lacking = ("pope_*", "mme_*", "amber_f1", "amber_score", *FORCED, "kl_clean")
-    notes = _notes([(m, why) for m in lacking])
-    return Evaluated(told, pd.concat(parts, ignore_index=True), notes)
+    return Evaluated(shortened, pd.concat(parts, ignore_index=True), _notes(dict.fromkeys(lacking, why)))
 
 
-def _caption_items(told: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.DataFrame:
-    items = chair(told, truth).items
+def _caption_items(table: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.DataFrame:
     ended = pd.DataFrame(
-        {"image_id": told["image_id"], "metric": "eos_rate", "num": told["eos"].astype(float), "den": 1.0}
+        {"image_id": table["image_id"], "metric": "eos_rate", "num": table["eos"].astype(float), "den": 1.0}
     )
-    items = pd.concat([items, ended], ignore_index=True)
-    setting = under_budget(told, max_new_tokens, "keep")[1]
+    items = pd.concat([chair(table, truth).items, ended], ignore_index=True)
+    setting = under_budget(table, max_new_tokens, "keep")[1]
     return items.assign(benchmark="chair", scorer=truth.family, setting=setting)[COLUMNS]
 
 
-def _notes(rows: list[tuple[str, str]]) -> pd.DataFrame:
-    return pd.DataFrame(rows, columns=["metric", "reason"])
+def _notes(reasons: Mapping[str, str]) -> pd.DataFrame:
+    return pd.DataFrame(list(reasons.items()), columns=["metric", "reason"])
 
 
 def score_rows(
@@ -202,45 +199,41 @@ def score_rows(
     ``found`` of several seeds gives means over them, with intervals that resample seeds and images (those of
     ``frontier_gap`` images alone)."""
     seeds = dict(found) if isinstance(found, Mapping) else {0: found}
-    groups = {s: dict(list(one.items.groupby(GROUP, sort=True))) for s, one in seeds.items()}
-    first, *others = groups.values()
-    common = [group for group in first if all(group in part for part in others)]
-    items = {group: {s: part[group] for s, part in groups.items()} for group in common}
-    rows = [_rows(group, _derived(_summary(by_seed)), keys) for group, by_seed in items.items()]
-    chair_group = next(group for group in items if group[0] == "chair")
-    share = {"metric": "distinct", "lo": np.nan, "hi": np.nan}
-    share["value"] = float(np.mean([distinct(one.captions) for one in seeds.values()]))
-    n = len(next(iter(seeds.values())).captions)
-    rows.append(_rows(chair_group, pd.DataFrame([{**share, "n": n}]), keys))
+    tables = [one.captions for one in seeds.values()]
+    groups = _by_group(seeds)
+    chair_group = next(group for group in groups if group[0] == "chair")
+    share = {"metric": "distinct", "value": float(np.mean([distinct(t) for t in tables])), "lo": np.nan, "hi": np.nan}
+    rows = [(group, _derived(_summary(by_seed))) for group, by_seed in groups.items()]
+    rows.append((chair_group, pd.DataFrame([{**share, "n": len(tables[0])}])))
     if base is not None:
         theirs = dict(list(base.items.groupby(GROUP)))
-        for group, by_seed in items.items():
-            if group in theirs:
-                rows.append(_rows(group, _difference(by_seed, theirs[group]), keys))
-        captions = [one.captions for one in seeds.values()]
-        gap = pd.DataFrame([{"metric": "frontier_gap", **frontier_gap(base.captions, captions, truth)}])
-        rows.append(_rows(chair_group, gap, keys))
-    return pd.concat(rows, ignore_index=True)
+        rows += [(g, _difference(by_seed, theirs[g])) for g, by_seed in groups.items() if g in theirs]
+        gap = frontier_gap(base.captions, tables, truth)
+        rows.append((chair_group, pd.DataFrame([{"metric": "frontier_gap", **gap}])))
+    return pd.concat([_rows(group, summary, keys) for group, summary in rows], ignore_index=True)
+
+
+def _by_group(seeds: Mapping[int, Evaluated]) -> dict[tuple, dict[int, pd.DataFrame]]:
+    """Group (benchmark, scorer, setting) -> seed -> items, for the groups that all seeds have."""
+    parts = {seed: dict(list(one.items.groupby(GROUP, sort=True))) for seed, one in seeds.items()}
+    common = [g for g in next(iter(parts.values())) if all(g in part for part in parts.values())]
+    return {g: {seed: part[g] for seed, part in parts.items()} for g in common}
 
 
 def _summary(by_seed: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    if len(by_seed) == 1:
-        return summarise(*by_seed.values())
     first, *others = by_seed.values()
-    shared = _shared(first, others)
-    return summarise(first)[:0] if shared.empty else summarise_seeds(_on(by_seed, shared))
+    if not others:
+        return summarise(first)
+    shared = _shared([first, *others])
+    return summarise(first)[:0] if shared[0].empty else summarise_seeds(dict(zip(by_seed, shared)))
 
 
-def _shared(items: pd.DataFrame, others: Iterable[pd.DataFrame]) -> pd.DataFrame:
-    """The images (with their metric) that all have: no wrong object in a caption, no effect of the image on one."""
-    both = items[ITEM]
-    for table in others:
-        both = both.merge(table[ITEM], on=ITEM)
-    return both
-
-
-def _on(by_seed: dict[int, pd.DataFrame], shared: pd.DataFrame) -> dict[int, pd.DataFrame]:
-    return {seed: items.merge(shared, on=ITEM) for seed, items in by_seed.items()}
+def _shared(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
+    """Items of the images that all tables have (by metric): a caption without a wrong object has no effect on one."""
+    common = tables[0][ITEM]
+    for table in tables[1:]:
+        common = common.merge(table[ITEM], on=ITEM)
+    return [table.merge(common, on=ITEM) for table in tables]
 
 
 def _derived(summary: pd.DataFrame) -> pd.DataFrame:
@@ -253,14 +246,13 @@ def _derived(summary: pd.DataFrame) -> pd.DataFrame:
 
 def _difference(by_seed: dict[int, pd.DataFrame], theirs: pd.DataFrame) -> pd.DataFrame:
     """Paired by the images that all have (``n``)."""
-    shared = _shared(theirs, by_seed.values())
-    if shared.empty:
+    other, *own = _shared([theirs, *by_seed.values()])
+    if other.empty:
         return summarise(theirs)[:0]
-    own, other = _on(by_seed, shared), theirs.merge(shared, on=ITEM)
     if len(own) == 1:
-        change = paired_difference(*own.values(), other)
+        change = paired_difference(*own, other)
     else:
-        change = paired_difference_seeds(own, dict.fromkeys(own, other))
+        change = paired_difference_seeds(dict(zip(by_seed, own)), dict.fromkeys(by_seed, other))
     return change.assign(metric=change["metric"] + DIFFERENCE)
 
 
@@ -283,10 +275,9 @@ def _rows(group: tuple, summary: pd.DataFrame, keys: dict) -> pd.DataFrame:
 
 
 def read_evaluated(folder) -> Evaluated:
-    """What ``write_evaluated`` wrote."""
-    return Evaluated(
-        pd.DataFrame(read_jsonl(folder / "captions.jsonl")), read_parquet(folder / "items.parquet"), _notes([])
-    )
+    """What ``write_evaluated`` wrote, without the notes."""
+    table = pd.DataFrame(read_jsonl(folder / "captions.jsonl"))
+    return Evaluated(table, read_parquet(folder / "items.parquet"), _notes({}))
 
 
 def write_evaluated(found: Evaluated, folder) -> None:

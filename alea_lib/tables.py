@@ -117,9 +117,9 @@ def check_metrics(rows: pd.DataFrame) -> pd.DataFrame:
 def _allowed(column: str, values: pd.Series) -> tuple[str, ...]:
     names = ENUMERATIONS[column]
     if column == "method" and not values.isin(names).all():
-        from .rivals.registry import rival_names  # one of these may be new; only then, since it brings torch
+        from .rivals.registry import baseline_names  # one of these may be new; only then, since it brings torch
 
-        names = (*names, *sorted(rival_names() - set(names)))
+        names = (*names, *sorted(baseline_names() - set(names)))
     return names
 
 

@@ -158,7 +158,7 @@ def test_the_locator_of_the_page_works_as_written():
 def test_the_methods_of_the_page_work_as_written(place, monkeypatch, request):
     from alea_lib.rivals import registry
 
-    registry.rival_names()
+    registry.baseline_names()
     monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
     method, test = blocks("add_method.md", "python")[place : place + 2]
     module = types.ModuleType("alea_lib.rivals.of_the_page")

@@ -1,5 +1,9 @@
-"""The harness of the rivals, and those that need no second look at the picture."""
+"""The registry of the baselines, and those that need no second look at the image."""
 
+import importlib
+import pkgutil
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -7,10 +11,10 @@ import pandas as pd
 import pytest
 import torch
 
-from alea_lib import captions, rival, rival_table
+from alea_lib import baseline, baseline_table, captions, rivals
 from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals import registry
-from alea_lib.rivals.registry import Rival, Views, register
+from alea_lib.rivals.registry import Baseline, Views, register
 
 QUESTION = "Please describe this image in detail."
 
@@ -62,26 +66,79 @@ def test_captions_pass_the_decoding_method_on(tiny, tiny_world, seen):
 
 
 def test_names_and_settings_are_checked():
-    with pytest.raises(KeyError, match="unknown rival 'vdc'; there are .*beam.*truncation"):
-        rival("vdc")
+    with pytest.raises(KeyError, match="unknown baseline 'vdc'; there are .*beam.*truncation"):
+        baseline("vdc")
     with pytest.raises(ValueError, match=r"beam has no settings \['width'\]; it has \['beams'\]"):
-        rival("beam", width=3)
-    with pytest.raises(ValueError, match="rival 'beam' already"):
-        register(Rival("beam", "decoding", only_word, NoSettings()))
+        baseline("beam", width=3)
+    with pytest.raises(ValueError, match="baseline 'beam' already"):
+        register(Baseline("beam", "decoding", only_word, NoSettings()))
     with pytest.raises(ValueError, match="must be one of"):
-        register(Rival("mine", "magic", only_word, NoSettings()))
+        register(Baseline("mine", "magic", only_word, NoSettings()))
 
 
-def test_a_registered_rival_is_found_with_its_changes(monkeypatch):
+def test_a_registered_baseline_is_found_with_its_changes(monkeypatch):
     monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
-    register(Rival("mine", "decoding", only_word, NoSettings(), grid=({"word": "dog"},)))
-    assert rival("mine", word="bus").settings == NoSettings("bus")
-    assert "mine" in set(rival_table()["method"])
+    register(Baseline("mine", "decoding", only_word, NoSettings(), grid=({"word": "dog"},)))
+    assert baseline("mine", word="bus").settings == NoSettings("bus")
+    assert "mine" in set(baseline_table()["method"])
 
 
-@pytest.mark.parametrize("method", rival_table()["method"])
+def test_the_list_of_modules_is_what_the_files_register(monkeypatch):
+    """All files of the folder are imported, those that the list lacks too."""
+    monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
+    before = set(baseline_table()["method"])
+    for module in pkgutil.iter_modules(rivals.__path__):
+        importlib.import_module(f"alea_lib.rivals.{module.name}")
+    assert set(registry.ROWS) == before == set(registry.MODULES)
+    for name, module in registry.MODULES.items():
+        assert registry.ROWS[name].apply.__module__ == f"alea_lib.rivals.{module}"
+
+
+def test_only_the_file_of_the_baseline_that_is_asked_for_is_imported():
+    """In an interpreter of its own: a name of the folder is taken before its file was imported, too."""
+    code = """
+import sys
+from alea_lib import baseline
+from alea_lib.rivals.registry import Baseline, register
+assert baseline("vcd").name == "vcd"
+assert "alea_lib.rivals.opera" not in sys.modules and "alea_lib.rivals.plain" not in sys.modules
+try:
+    register(Baseline("beam", "decoding", print, baseline("vcd").settings))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "there is a baseline 'beam' already\n"), done.stderr
+
+
+def test_a_file_and_a_line_make_a_baseline(tmp_path, monkeypatch):
+    source = """
+from dataclasses import dataclass
+from .registry import Baseline, register
+
+@dataclass(frozen=True)
+class NoSettings:
+    word: str = "cup"
+
+register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSettings()))
+"""
+    (tmp_path / "of_a_file.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
+    monkeypatch.setattr(rivals, "__path__", [*rivals.__path__, str(tmp_path)])
+    with pytest.raises(KeyError, match="unknown baseline 'of-a-file'"):
+        baseline("of-a-file")
+    monkeypatch.setitem(registry.MODULES, "of-a-file", "of_a_file")
+    try:
+        assert baseline("of-a-file", word="bus").prompt == "bus"
+        assert "of-a-file" in set(baseline_table()["method"])
+    finally:
+        sys.modules.pop("alea_lib.rivals.of_a_file", None)
+        vars(rivals).pop("of_a_file", None)
+
+
+@pytest.mark.parametrize("method", baseline_table()["method"])
 def test_rows_say_what_they_are(method):
-    row = rival(method)
+    row = baseline(method)
     assert row.description and row.source and row.grid and row.kind in registry.KINDS
     assert (row.decoding is not None) == (row.kind == "decoding")
 
@@ -90,18 +147,18 @@ def test_views_are_found_by_features(seen):
     other = torch.randn_like(seen)
     views = Views(seen, other)
     assert torch.equal(views.of(seen[[4, 1, 1]]), other[[4, 1, 1]])
-    with pytest.raises(KeyError, match=r"call rival\.seeing"):
+    with pytest.raises(KeyError, match=r"call baseline\.with_views"):
         views.of(seen + 1)
 
 
 def test_one_beam_and_no_lift_are_greedy_decoding(tiny, seen):
     plain = texts(tiny, seen)
-    assert texts(tiny, seen, rival("beam", beams=1).decoding) == plain
-    assert texts(tiny, seen, rival("stop-early", strength=0.0).decoding) == plain
+    assert texts(tiny, seen, baseline("beam", beams=1).decoding) == plain
+    assert texts(tiny, seen, baseline("stop-early", strength=0.0).decoding) == plain
 
 
 def test_beams_find_a_likelier_answer(tiny, seen):
-    found = tiny.generate(seen, QUESTION, 4, decoding=rival("beam", beams=5).decoding, length_penalty=0.0)
+    found = tiny.generate(seen, QUESTION, 4, decoding=baseline("beam", beams=5).decoding, length_penalty=0.0)
     greedy = tiny.generate(seen, QUESTION, 4)
 
     def likelihood(answers):
@@ -120,12 +177,12 @@ def test_the_end_is_raised_by_the_strength(tiny, seen):
     first[:, tiny.image_id] = -torch.inf
     gap = first.max(1).values - first[:, tiny.end_id]
     middle = gap.median().item()
-    told = tiny.generate(seen, QUESTION, 1, decoding=rival("stop-early", strength=middle + 1e-3).decoding)
+    told = tiny.generate(seen, QUESTION, 1, decoding=baseline("stop-early", strength=middle + 1e-3).decoding)
     assert [a.eos for a in told] == [bool(g <= middle) for g in gap]
 
 
 def test_truncation_and_careful_prompt():
     table = pd.DataFrame({"image_id": [1], "caption": ["A cup. A dog."], "n_tokens": [6], "eos": [True]})
-    cut = rival("truncation")
-    assert cut.act(cut.settings, table)["caption"].tolist() == ["A cup."]
-    assert rival("careful-prompt").prompt == "careful" and rival("beam").prompt == "plain"
+    cut = baseline("truncation")
+    assert cut.apply(cut.settings, table)["caption"].tolist() == ["A cup."]
+    assert baseline("careful-prompt").prompt == "careful" and baseline("beam").prompt == "plain"

@@ -1,4 +1,4 @@
-"""Rivals that change attention while writing: against their definitions, their limits, in batches, and undone."""
+"""Baselines that change attention while writing: against their definitions, their limits, in batches, and undone."""
 
 import dataclasses
 from functools import partial
@@ -8,15 +8,14 @@ import pytest
 import torch
 from tiny_families import build
 
-from alea_lib import rival
+from alea_lib import baseline
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
 from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.adhh import AdhhSettings, adhh, find_heads
-from alea_lib.rivals.columns import Columns
+from alea_lib.rivals.common import Columns, Stream, without_image
 from alea_lib.rivals.pai import PaiSettings, guided, pai, raised
 from alea_lib.rivals.spin import SpinSettings, head_scales, spin
-from alea_lib.rivals.stream import Stream, without_image
 from alea_lib.rivals.vhr import VhrSettings, chosen_heads, turned_up, vhr, vision_aware
 from alea_lib.taps import read_attention, read_heads, replaced_heads
 
@@ -126,7 +125,7 @@ def test_every_family_writes_under_it(family, name):
 def test_the_registered_settings_write(tiny, seen, told, name):
     pairs = pd.DataFrame({"positive": told, "negative": told[1:] + told[:1]})
     wrong = [["knife"], ["dog"], ["car"], ["bus"], ["scissors"], ["cup"]]
-    row = rival(name).fitted(tiny, seen, pairs.assign(wrong=wrong))
+    row = baseline(name).fitted(tiny, seen, pairs.assign(wrong=wrong))
     assert len(row.grid) >= 3 and len(write(tiny, seen, QUESTIONS * 2, row.decoding)) == 6
 
 
@@ -278,9 +277,9 @@ def test_heads_are_those_of_zero_ablation(tiny, seen, told):
     assert find_heads(tiny, seen, pairs) == (mean.index[0],)
     three = AdhhSettings(top=192)
     assert find_heads(tiny, seen, pairs, three) == tuple(sorted(mean.index[:3]))
-    row = rival("adhh", top=192).fitted(tiny, seen, pairs)
+    row = baseline("adhh", top=192).fitted(tiny, seen, pairs)
     assert row.settings.heads == tuple(sorted(mean.index[:3]))
-    assert rival("adhh", heads=HEADS).fitted(tiny, seen, pairs).settings.heads == HEADS
+    assert baseline("adhh", heads=HEADS).fitted(tiny, seen, pairs).settings.heads == HEADS
 
 
 def test_adhh_refuses(tiny, left):

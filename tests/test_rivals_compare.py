@@ -1,18 +1,18 @@
-"""Rivals side by side: differences over seeds by hand, the best one, where others do better, rows of each seed."""
+"""Baselines side by side: differences over seeds by hand, the best one, where others do better, rows of each seed."""
 
 import pandas as pd
 import pytest
 
 from alea_lib import (
     against,
-    best_rival,
+    baseline,
+    baseline_comparison,
+    baseline_differences,
+    baseline_finding,
+    best_baseline,
     better_than,
-    part_of,
-    published_rivals,
-    rival,
-    rival_beside,
-    rival_differences,
-    rival_finding,
+    published_baselines,
+    rows_of_seed,
 )
 from alea_lib.measures.truth import Truth
 from alea_lib.scoring import Evaluated
@@ -46,7 +46,7 @@ FOUND = {
 
 @pytest.fixture(scope="module")
 def rows():
-    return pd.concat([rival_differences(FOUND, BASE, TRUTH), against(FOUND, "alea-mixed")], ignore_index=True)
+    return pd.concat([baseline_differences(FOUND, BASE, TRUTH), against(FOUND, "alea-mixed")], ignore_index=True)
 
 
 def value(rows, method, other, metric):
@@ -63,13 +63,13 @@ def test_differences_are_means_over_seeds(rows):
     assert value(rows, "alea-mixed", "base", "frontier_gap")["value"] == pytest.approx(-1 / 8)
 
 
-def test_the_best_rival_is_no_control_and_no_edit_of_this_study(rows):
-    assert best_rival(rows) == "vcd"
+def test_the_best_baseline_is_no_control_and_no_edit_of_this_study(rows):
+    assert best_baseline(rows) == "vcd"
     more = rows.assign(method=rows["method"].replace("vcd", "alea-mixed + vcd"))
-    assert best_rival(more) is None
-    beside = rival_beside(rows, "alea-mixed")
+    assert best_baseline(more) is None
+    beside = baseline_comparison(rows, "alea-mixed")
     assert beside["method"].tolist() == ["alea-mixed", "vcd", "truncation"]
-    assert beside["what"].tolist() == ["this study", "best rival", "control"]
+    assert beside["what"].tolist() == ["this study", "best baseline", "control"]
     assert beside.loc[1, "chair_s"].startswith("+37.5 points")
 
 
@@ -81,12 +81,12 @@ def test_better_is_said_only_where_the_interval_is_apart_from_zero(rows):
     assert better["metric"].tolist() == ["recall_diff"]  # fewer wrong captions lie below zero
     at = rows["metric"].eq("recall_diff") & rows["method"].eq("vcd") & rows["against"].eq("alea-mixed")
     lifted = rows.assign(**{c: rows[c].mask(at, v) for c, v in {"value": 0.2, "lo": 0.1, "hi": 0.3}.items()})
-    assert "`vcd` (+20.0 points (+10.0 to +30.0))" in rival_finding(lifted, "alea-mixed")
-    assert "interval apart from zero: none" in rival_finding(rows, "alea-mixed")
+    assert "`vcd` (+20.0 points (+10.0 to +30.0))" in baseline_finding(lifted, "alea-mixed")
+    assert "interval apart from zero: none" in baseline_finding(rows, "alea-mixed")
 
 
 def test_nothing_to_compare_says_nothing():
-    assert rival_beside(pd.DataFrame(columns=["method", "against", "metric", "value"]), "alea-mixed").empty
+    assert baseline_comparison(pd.DataFrame(columns=["method", "against", "metric", "value"]), "alea-mixed").empty
     with pytest.raises(KeyError, match="no method 'opera'"):
         against(FOUND, "opera")
 
@@ -98,22 +98,22 @@ def test_the_studys_method_stands_once_where_several_runs_share_it(tmp_path, mon
         def uses(self, name):
             return tmp_path / name
 
-    assert published_rivals(Run(), "long").empty
+    assert published_baselines(Run(), "long").empty
     first = rows.assign(run_id="1", model="m")
     again = first[(first["method"] == "alea-mixed")].assign(run_id="2")
     other = first.assign(run_id="3", model="n")
     folder = tmp_path / "data" / "results" / "long"
     folder.mkdir(parents=True)
     pd.concat([first, again, other]).to_csv(folder / "rivals.csv", index=False)
-    found = published_rivals(Run(), "long")
+    found = published_baselines(Run(), "long")
     assert len(again) and found["run_id"].tolist() == ["1"] * len(rows) + ["3"] * len(rows)
     assert set(found["source"]) == {"long"}
 
 
 def test_seeds_share_no_rows():
     table = pd.DataFrame({"a": range(7)})
-    assert part_of(table, 3, 0)["a"].tolist() == [0, 1, 2] and part_of(table, 3, 1)["a"].tolist() == [3, 4, 5]
+    assert rows_of_seed(table, 3, 0)["a"].tolist() == [0, 1, 2] and rows_of_seed(table, 3, 1)["a"].tolist() == [3, 4, 5]
     with pytest.raises(DataError, match="seed 2 needs rows 6 to 9, there are 7"):
-        part_of(table, 3, 2)
-    assert rival("nucleus").seeded(3).settings.seed == 3
-    assert rival("truncation").seeded(3) == rival("truncation")
+        rows_of_seed(table, 3, 2)
+    assert baseline("nucleus").seeded(3).settings.seed == 3
+    assert baseline("truncation").seeded(3) == baseline("truncation")

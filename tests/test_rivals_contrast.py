@@ -1,15 +1,15 @@
-"""Rivals that contrast: each against its formula, by hand and without a cache; their limits; batches; cleanliness."""
+"""Baselines that contrast: each against its formula, by hand without a cache; their limits; batches; cleanliness."""
 
 from math import exp
 
 import pytest
 import torch
 
-from alea_lib import rival
+from alea_lib import baseline
 from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.rivals.common import Stream, plausible, with_features, without_image
 from alea_lib.rivals.dola import candidates, farthest
 from alea_lib.rivals.nucleus import in_nucleus
-from alea_lib.rivals.stream import Stream, plausible, with_features, without_image
 from alea_lib.rivals.vcd import noised_share
 
 QUESTION = "Please describe this image in detail."
@@ -19,11 +19,11 @@ CONTRASTS = ("vcd", "m3id", "dola", "nucleus")
 
 @pytest.fixture(scope="module")
 def noisy(tiny, tiny_world, seen):
-    return rival("vcd").seeing(tiny, tiny_world.split("activate").files, seen)
+    return baseline("vcd").seeing(tiny, tiny_world.split("activate").files, seen)
 
 
 def ready(name, noisy, **changes):
-    return noisy.changed(**changes).decoding if name == "vcd" else rival(name, **changes).decoding
+    return noisy.changed(**changes).decoding if name == "vcd" else baseline(name, **changes).decoding
 
 
 def logits_after(vlm, features, question, ids, prefix=None, drop_image=False):
@@ -88,7 +88,7 @@ def test_m3id_by_hand(tiny, seen):
 
         return of
 
-    told = tiny.generate(seen[:3], QUESTION, 8, prefix=prefix, decoding=rival("m3id", rate=0.3).decoding)
+    told = tiny.generate(seen[:3], QUESTION, 8, prefix=prefix, decoding=baseline("m3id", rate=0.3).decoding)
     plain = tiny.generate(seen[:3], QUESTION, 8, prefix=prefix)
     assert [a.text for a in told] == [by_hand(tiny, seen[r], QUESTION, 8, score(r)) for r in range(3)]
     assert [a.text for a in told] != [a.text for a in plain]
@@ -104,11 +104,11 @@ def test_dola_by_hand(tiny, seen, normed):
         embeds = torch.cat([tiny.embed(batch), more], 1)
         out = tiny.language_model(inputs_embeds=embeds, output_hidden_states=True)
         own = tiny.head(out.last_hidden_state[0, -1]).log_softmax(-1)
-        early = [out.hidden_states[i + 1][0, -1] for i in candidates(rival("dola").settings, 4)]
+        early = [out.hidden_states[i + 1][0, -1] for i in candidates(baseline("dola").settings, 4)]
         early = torch.stack([tiny.head(norm(h) if normed else h) for h in early]).log_softmax(-1)
         return own, own - farthest(own[None], early[:, None])[0]
 
-    told = tiny.generate(seen[:1], QUESTION, 6, decoding=rival("dola", normed=normed).decoding)
+    told = tiny.generate(seen[:1], QUESTION, 6, decoding=baseline("dola", normed=normed).decoding)
     assert told[0].text == by_hand(tiny, seen[0], QUESTION, 6, score)
 
 
@@ -118,8 +118,8 @@ def test_dola_takes_the_farthest_layer_for_each_item():
     assert torch.equal(farthest(own, early), torch.stack([early[1, 0], early[0, 1]]))
     impossible = torch.tensor([[0.0, 1.0]]).log()
     assert torch.equal(farthest(impossible, early[:, :1]), early[0, :1])
-    assert candidates(rival("dola").settings, 32) == list(range(0, 16, 2))
-    assert candidates(rival("dola", low=False).settings, 32) == list(range(16, 31, 2))
+    assert candidates(baseline("dola").settings, 32) == list(range(0, 16, 2))
+    assert candidates(baseline("dola", low=False).settings, 32) == list(range(16, 31, 2))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_noise_is_that_of_the_picture(tiny, tiny_world, seen, noisy):
     files = tiny_world.split("activate").files
     assert noised_share(500) == pytest.approx(0.7448, abs=1e-4)  # the product, computed apart
     assert noised_share(0) > 0.999 > noised_share(500) > noised_share(999)
-    still = rival("vcd", step=0).seeing(tiny, files, seen).views.of(seen)
+    still = baseline("vcd", step=0).seeing(tiny, files, seen).views.of(seen)
     whole = noisy.views.of(seen)
     assert (still - seen).norm() < 0.3 * (whole - seen).norm()
     assert torch.equal(tiny.features(files, change=lambda index, pixels: pixels), seen)
@@ -187,8 +187,8 @@ def test_noise_is_that_of_the_picture(tiny, tiny_world, seen, noisy):
 
 
 def test_vcd_says_what_it_lacks(tiny, seen, noisy):
-    with pytest.raises(ValueError, match=r"call rival\.seeing"):
-        tiny.generate(seen, QUESTION, 2, decoding=rival("vcd").decoding)
+    with pytest.raises(ValueError, match=r"call baseline\.with_views"):
+        tiny.generate(seen, QUESTION, 2, decoding=baseline("vcd").decoding)
     with pytest.raises(ValueError, match="one beam"):
         tiny.generate(seen, QUESTION, 2, decoding=noisy.decoding, num_beams=2)
 
@@ -223,14 +223,14 @@ def test_plausible_and_nucleus_by_hand():
 
 def test_nucleus_samples_by_its_seed_and_in_proportion(tiny, seen):
     first, again, other = (
-        tiny.generate(seen, QUESTION, 8, decoding=rival("nucleus", seed=s).decoding) for s in (1, 1, 2)
+        tiny.generate(seen, QUESTION, 8, decoding=baseline("nucleus", seed=s).decoding) for s in (1, 1, 2)
     )
     assert first == again != other
     batch = tiny.encode(seen[:1], QUESTION, side="left")
     scores = torch.tensor([[0.6, 0.3, 0.1]]).log()
     drawn = []
     for seed in range(400):
-        sampler = rival("nucleus", seed=seed, p=0.85).decoding
+        sampler = baseline("nucleus", seed=seed, p=0.85).decoding
         with sampler(tiny, batch, None, None) as how:
             drawn.append(how["logits_processor"][0](batch.ids[:, :0], scores).argmax().item())
     counts = [drawn.count(i) for i in range(3)]

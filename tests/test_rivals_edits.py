@@ -1,4 +1,4 @@
-"""Rivals that edit weights: each against its definition, its limit, and that the model stays as it was."""
+"""Baselines that edit weights: each against its definition, its limit, and that the model stays as it was."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from alea_lib import rival
+from alea_lib import baseline
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.methods import edit_method, edit_settings, fit_adversary
@@ -16,9 +16,9 @@ from alea_lib.locate.run import locate_layers
 from alea_lib.prefix import adversary
 from alea_lib.rivals import dpo
 from alea_lib.rivals.alea import WHAT
+from alea_lib.rivals.common import at_depth, head_count
 from alea_lib.rivals.dpo import CURVE, DpoSettings, fit_dpo, preference_loss
 from alea_lib.rivals.nullu import NulluSettings, fit_nullu
-from alea_lib.rivals.scale import at_depth, head_count
 from alea_lib.rivals.supervised import SupervisedSettings, fit_supervised
 from alea_lib.taps import full_weight, read_layers, replaced_linear
 
@@ -189,7 +189,7 @@ def test_supervised_edits_touch_all_linear_matrices_of_the_decoder(tiny, seen, p
 @pytest.mark.parametrize("name", sorted(WHAT))
 def test_edits_of_the_study_are_made_where_and_how_their_names_say(tiny, seen, pairs, bits, name):
     before, last = bits(tiny), tiny.n_layers - 1
-    short = rival(name, prefix_steps=1, epochs=1, n_locate=3).placed((0, 1))
+    short = baseline(name, prefix_steps=1, epochs=1, n_locate=3).placed((0, 1))
     assert short.settings.layers == (0, 1)
     delta = short.fitted(tiny, seen, pairs).delta
     assert bits(tiny) == before and all(w.abs().max() > 0 for w in delta.weights.values())
@@ -216,5 +216,5 @@ def test_rows_of_the_study_differ_by_their_adversary_and_place_alone(tiny, seen,
         answers = pairs["negative"].tolist(), pairs["positive"].tolist()
         prefix = fit_adversary(edit_method(name).adversary, tiny, seen, *answers, tuned)
         want, _ = fit_edit(tiny, seen, pairs["positive"].tolist(), prefix, edit)
-        found = rival(name, prefix_steps=2, epochs=1).placed((1,)).seeded(3).fitted(tiny, seen, pairs).delta
+        found = baseline(name, prefix_steps=2, epochs=1).placed((1,)).seeded(3).fitted(tiny, seen, pairs).delta
         assert all(torch.equal(found.weights[n], w) for n, w in want.weights.items())

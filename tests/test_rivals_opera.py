@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_families import build
 
-from alea_lib import rival
+from alea_lib import baseline
 from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.opera import OperaSettings, Past, Watch, at_length, column_scores, opera
 from alea_lib.taps import read_attention
@@ -207,6 +207,6 @@ def test_settings_are_checked_and_registered(tiny, seen):
     for wrong, said in (({"candidates": 0}, "candidates 0"), ({"damping": 0.0}, "damping"), ({"scale": -1}, "scale")):
         with pytest.raises(ValueError, match=said):
             write(tiny, seen[:1], QUESTIONS[0], OperaSettings(**wrong))
-    row = rival("opera")
+    row = baseline("opera")
     assert row.settings == OperaSettings(5, 5, 50.0, 1e-7, 1.0, 10, 15, 5) and {} in row.grid
     assert len(write(tiny, seen[:1], QUESTIONS[0], row.settings, 2)) == 1

@@ -172,7 +172,7 @@ def test_notebooks_are_valid_json_with_unique_cell_ids():
 def test_notebooks_declare_what_they_read_before_the_runs_id_is_used(path):
     """What is read is part of the id, so reading later ends the run, after all its work (see Run.uses)."""
     code = "\n".join("".join(cell["source"]) for cell in code_cells(path)).split("run = begin(")[-1]
-    reads = [m.start() for m in re.finditer(r"run\.(?:uses|input|results)\(|(?:published|rivals)_\w+\(run\b", code)]
+    reads = [m.start() for m in re.finditer(r"run\.(?:uses|input|results)\(|(?:published|baselines)_\w+\(run\b", code)]
     used = [m.start() for m in re.finditer(r"run\.(?:run_id|checkpoint)\b", code)]
     assert not used or max(reads, default=0) < min(used)
 

@@ -100,11 +100,11 @@ def test_broken_rows_are_refused(changes, message):
         check_metrics(rows(**changes))
 
 
-def test_rows_of_a_new_rival_may_enter(monkeypatch):
+def test_rows_of_a_new_baseline_may_enter(monkeypatch):
     table = rows(method="mine")
     with pytest.raises(DataError, match="method must be one of"):
         check_metrics(table)
-    registry.rival_names()
+    registry.baseline_names()
     monkeypatch.setitem(registry.ROWS, "mine", registry.ROWS["vcd"])
     assert check_metrics(table) is table
 

@@ -1,39 +1,21 @@
-"""What a model writes: captions of a split, and answers to yes/no questions about its pictures."""
+"""What a model writes: captions of a split, and answers to yes/no questions about its images."""
 
 from __future__ import annotations
 
 import pandas as pd
 import torch
 
-from ..vlm import VLM, Answer
+from ..vlm import VLM
 from ..worlds.write import Split
 
 
 def captions(
-    vlm: VLM,
-    split: Split,
-    features: torch.Tensor,
-    prompt: str = "plain",
-    max_new_tokens: int = 64,
-    prefix=None,
-    **options,
+    vlm: VLM, split: Split, features: torch.Tensor, prompt: str = "plain", max_new_tokens: int = 64, **options
 ) -> pd.DataFrame:
     """Captions of a split: image_id, caption, n_tokens, eos. ``options`` are those of ``generate``."""
-    answers = vlm.generate(
-        features, vlm.prompt(prompt), max_new_tokens, prefix=prefix, progress=f"captions {prompt}", **options
-    )
-    return _answer_table(split.ids, answers)
-
-
-def _answer_table(ids: list[int], answers: list[Answer]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "image_id": ids,
-            "caption": [a.text for a in answers],
-            "n_tokens": [a.n_tokens for a in answers],
-            "eos": [a.eos for a in answers],
-        }
-    )
+    answers = vlm.generate(features, vlm.prompt(prompt), max_new_tokens, progress=f"captions {prompt}", **options)
+    rows = {"caption": [a.text for a in answers], "n_tokens": [a.n_tokens for a in answers]}
+    return pd.DataFrame({"image_id": split.ids, **rows, "eos": [a.eos for a in answers]})
 
 
 def yes_no_answers(
@@ -54,11 +36,10 @@ def yes_no_answers(
     row = {f.name: i for i, f in enumerate(split.files)}
     if missing := sorted(set(asked["image"]) - set(row))[:3]:
         raise ValueError(f"{name} asks about images that split {split.name!r} lacks: {missing}")
-    where = torch.tensor([row[image] for image in asked["image"]], dtype=torch.long)
+    shown = features[torch.tensor([row[image] for image in asked["image"]], dtype=torch.long)]
     texts = [vlm.row.short(q) for q in asked["text"]]
-    options = {"max_new_tokens": 4, "batch_size": batch_size, "progress": name, "decoding": decoding}
-    found = vlm.generate(features[where], texts, **options)
-    asked["answer"] = [a.text for a in found]
+    answers = vlm.generate(shown, texts, max_new_tokens=4, batch_size=batch_size, progress=name, decoding=decoding)
+    asked["answer"] = [a.text for a in answers]
     return questions.merge(asked, on=["image", "text"], how="left")
 
 

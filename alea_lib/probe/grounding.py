@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from ..locate.tokens import object_tokens
+from ..measures.parse import Mention, mentions
 from ..measures.truth import Truth
 from ..taps import read_attention
 from ..vlm import VLM, Batch, scored
@@ -22,6 +24,64 @@ from ..worlds.write import Split
 
 ATTENTION = ("attn_last_max", "attn_last_mean", "attn_all_mean")
 EFFECTS = ("blank_effect", "swap_effect")
+
+
+class NamedObject(NamedTuple):
+    """An object that a caption names, as the parser reads it, and whether it is in the image."""
+
+    image_id: int
+    mention: Mention
+    present: bool
+
+    @property
+    def setting(self) -> str:
+        return "grounded" if self.present else "hallucinated"
+
+
+def batches(
+    vlm: VLM, features: torch.Tensor, table: pd.DataFrame, prompt: str, batch_size: int
+) -> Iterator[tuple[pd.DataFrame, Batch]]:
+    """Parts of the table (image_id, caption) with their encoded image, prompt and caption; empty captions are left out.
+    Column ``at`` is the row in ``features``."""
+    batch_size = vlm.limits.of("read", batch_size)
+    table = table.assign(at=range(len(table)))
+    table = table[table["caption"].str.strip() != ""]
+    for start in range(0, len(table), batch_size):
+        part = table.iloc[start : start + batch_size]
+        at = torch.tensor(part["at"].tolist())
+        yield part, vlm.encode(features[at], vlm.prompt(prompt), part["caption"].tolist())
+
+
+def object_batches(
+    vlm: VLM, features: torch.Tensor, table: pd.DataFrame, truth: Truth, prompt: str, batch_size: int
+) -> Iterator[tuple[pd.DataFrame, Batch, list[NamedObject]]]:
+    """:func:`batches` with labels at the first tokens of the captions' object words alone, and these objects in row
+    order, one a token."""
+    for part, batch in batches(vlm, features, table, prompt, batch_size):
+        labels, objects = torch.full_like(batch.labels, -100), []
+        for i, (image_id, caption) in enumerate(zip(part["image_id"], part["caption"])):
+            tokens = [o.token for o in object_tokens(vlm, caption, truth.family)]
+            named = dict(zip(tokens, mentions(caption, truth.family), strict=True))
+            for token in sorted(named):
+                at = int(batch.answer[i]) + token
+                labels[i, at] = batch.ids[i, at]
+                objects.append(NamedObject(image_id, named[token], named[token].category in truth[image_id]))
+        yield part, replace(batch, labels=labels), objects
+
+
+def log_p(vlm: VLM, batch: Batch, prefix=None) -> torch.Tensor:
+    """Log-probabilities [n] of the labelled tokens of a batch, in row order."""
+    embeds, mask, labels = _with_prefix(batch, vlm.embed(batch), prefix)
+    logits = vlm.answer_logits(batch, embeds, mask, scored(labels)).float()
+    return logits.log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0].cpu()
+
+
+def _with_prefix(batch: Batch, embeds: torch.Tensor, prefix) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings, mask and labels of a batch, with the rows of a soft prefix if there is one."""
+    return (embeds, batch.mask, batch.labels) if prefix is None else prefix.insert(batch, embeds)
+
+
+# ---- attention -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -60,26 +120,12 @@ def attention_share(vlm: VLM, features: torch.Tensor, table: pd.DataFrame, *args
     return pd.concat(parts, ignore_index=True)
 
 
-def batches(
-    vlm: VLM, features: torch.Tensor, table: pd.DataFrame, prompt: str, batch_size: int
-) -> Iterator[tuple[pd.DataFrame, Batch]]:
-    """Parts of the table with their encoded image, prompt and caption; column ``at`` is the row in ``features``."""
-    batch_size = vlm.limits.of("read", batch_size)
-    table = table.assign(at=range(len(table)))
-    table = table[table["caption"].str.strip() != ""]
-    for start in range(0, len(table), batch_size):
-        part = table.iloc[start : start + batch_size]
-        at = torch.tensor(part["at"].tolist())
-        yield part, vlm.encode(features[at], vlm.prompt(prompt), part["caption"].tolist())
-
-
 def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]:
     """Of one batch: the share of each head [B,L,H] and of the last layer's maximum [B]."""
-    image = batch.ids == vlm.image_id
-    embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
-    if prefix is not None:
-        image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100
-        embeds, mask, labels = prefix.insert(batch, embeds)
+    embeds = vlm.embed(batch)
+    on_image = replace(batch, labels=torch.where(batch.ids == vlm.image_id, batch.ids, -100))
+    image = _with_prefix(on_image, embeds, prefix)[2] != -100
+    embeds, mask, labels = _with_prefix(batch, embeds, prefix)
     targets = scored(labels)
     width = int(targets.sum(1).max())
     positions = targets.long().topk(width, dim=1).indices.sort(dim=1).values
@@ -99,15 +145,18 @@ def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]
     return shares, last_max
 
 
+# ---- counterfactual --------------------------------------------------------------------------------------------------
+
+
 def blank_features(vlm: VLM, split: Split) -> torch.Tensor:
-    """Features [1,P,D] of an even mid-grey picture of the size of the split's first."""
+    """Features [1,P,D] of an even mid-grey image of the size of the split's first."""
     with Image.open(split.files[0]) as first:
         size = first.size
     return vlm.features([Image.new("RGB", size, (128, 128, 128))])
 
 
 def swapped(n: int, seed: int = 0) -> np.ndarray:
-    """For each of ``n`` pictures another one: one random cycle through all, so that none keeps its own."""
+    """For each of ``n`` images another one: one random cycle through all, so that none keeps its own."""
     order = np.random.default_rng([seed, 11]).permutation(n)
     out = np.empty(n, dtype=np.int64)
     out[order] = np.roll(order, -1)
@@ -128,39 +177,17 @@ def counterfactual(
 ) -> pd.DataFrame:
     """What the image contributes to the objects that the model names, in nats: items with a column ``setting``.
 
-    ``blank_effect``: log p(object token | image) - log p(the same token | grey picture), the rest of the answer forced;
-    ``swap_effect``: the same against another picture of the split. ``setting`` is ``grounded`` for objects that are
-    there and ``hallucinated`` for those that are not: near zero means that the word came without the picture.
+    ``blank_effect``: log p(object token | image) - log p(the same token | grey image), the rest of the answer forced;
+    ``swap_effect``: the same against another image of the split. ``setting`` is ``grounded`` for objects that are
+    there and ``hallucinated`` for those that are not: near zero means that the word came without the image.
     """
     blank = blank_features(vlm, split)[0]
     other = features[torch.as_tensor(swapped(len(features), seed))]
     rows = []
-    for part, batch in batches(vlm, features, table, prompt, batch_size):
-        batch, keys = at_objects(vlm, part, batch, truth)
-        worlds = (batch.features, blank.expand_as(batch.features), other[torch.tensor(part["at"].tolist())])
-        seen, *without = (log_p(vlm, replace(batch, features=f), prefix) for f in worlds)
-        for metric, effect in zip(EFFECTS, ((seen - w).tolist() for w in without)):
-            rows += [(setting, i, metric, e, 1.0) for (i, setting), e in zip(keys, effect, strict=True)]
+    for part, batch, objects in object_batches(vlm, features, table, truth, prompt, batch_size):
+        images = (batch.features, blank.expand_as(batch.features), other[torch.tensor(part["at"].tolist())])
+        whole, *without = (log_p(vlm, replace(batch, features=f), prefix) for f in images)
+        for metric, effect in zip(EFFECTS, ((whole - w).tolist() for w in without)):
+            rows += [(o.setting, o.image_id, metric, e, 1.0) for o, e in zip(objects, effect, strict=True)]
     items = pd.DataFrame(rows, columns=["setting", "image_id", "metric", "num", "den"])
     return items.groupby(["setting", "image_id", "metric"], as_index=False, sort=True).sum()
-
-
-def at_objects(vlm: VLM, part: pd.DataFrame, batch: Batch, truth: Truth) -> tuple[Batch, list[tuple[int, str]]]:
-    """The batch with labels at its object tokens alone; and for each of these, in row order, (image_id, setting)."""
-    labels, keys = torch.full_like(batch.labels, -100), []
-    for i, (image_id, text) in enumerate(zip(part["image_id"], part["caption"])):
-        found = {token: category for category, token in object_tokens(vlm, text, truth.family)}  # one object a token
-        for token in sorted(found):
-            at = int(batch.answer[i]) + token
-            labels[i, at] = batch.ids[i, at]
-            keys.append((image_id, "grounded" if found[token] in truth[image_id] else "hallucinated"))
-    return replace(batch, labels=labels), keys
-
-
-def log_p(vlm: VLM, batch: Batch, prefix=None) -> torch.Tensor:
-    """Log-probabilities [n] of the labelled tokens of a batch, in row order."""
-    embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
-    if prefix is not None:
-        embeds, mask, labels = prefix.insert(batch, embeds)
-    logits = vlm.answer_logits(batch, embeds, mask, scored(labels)).float()
-    return logits.log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0].cpu()

@@ -1,4 +1,4 @@
-"""Through which layers and heads does the image reach the words? One place at a time sees a blank picture."""
+"""Through which layers and heads does the image reach the words? One place at a time is given a blank image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..measures.truth import Truth
 from ..taps import read_heads, read_layers, replaced_heads, started_at
 from ..vlm import VLM, Batch
 from ..worlds.write import Split
-from .grounding import at_objects, batches, blank_features, log_p
+from .grounding import blank_features, log_p, object_batches
 
 ALL_HEADS = -1
 
@@ -28,25 +28,24 @@ def counterfactual_heads(
 ) -> pd.DataFrame:
     """What of the image's effect passes through each head: setting, layer, head, image_id, num, den; in nats.
 
-    log p(object token) minus the same when this head's outputs are those of the run with a grey picture, everything
+    log p(object token) minus the same when this head's outputs are those of the run with a grey image, everything
     else as it was (activation patching). ``head`` -1: all heads of the layer together. ``setting`` as in
     :func:`alea_lib.probe.grounding.counterfactual`. Each costs a pass from its layer on; memory goes with the batch.
     """
     blank, rows = blank_features(vlm, split)[0], []
-    for part, batch in batches(vlm, features, table, prompt, batch_size):
-        batch, keys = at_objects(vlm, part, batch, truth)
+    for _, batch, objects in object_batches(vlm, features, table, truth, prompt, batch_size):
         heads, states = _runs(vlm, batch, blank)
         whole = log_p(vlm, batch)
         for layer in range(vlm.n_layers):
             for head in (ALL_HEADS, *range(vlm.n_heads)):
                 effect = (whole - _patched(vlm, batch, layer, head, heads[layer], states[layer])).tolist()
-                rows += [(s, layer, head, i, e, 1.0) for (i, s), e in zip(keys, effect, strict=True)]
+                rows += [(o.setting, layer, head, o.image_id, e, 1.0) for o, e in zip(objects, effect, strict=True)]
     columns = ["setting", "layer", "head", "image_id"]
     return pd.DataFrame(rows, columns=[*columns, "num", "den"]).groupby(columns, as_index=False).sum()
 
 
 def _runs(vlm: VLM, batch: Batch, blank: torch.Tensor) -> tuple[dict, dict]:
-    """Layer -> head outputs [B,T,H,D/H] of the blank run, and layer -> its input [B,T,D] in the run that sees."""
+    """Layer -> head outputs [B,T,H,D/H] of the blank run, and layer -> its input [B,T,D] in the run with the image."""
     heads, states = {}, {0: vlm.embed(batch)}
     with read_heads(vlm, heads.__setitem__):
         log_p(vlm, replace(batch, features=blank.expand_as(batch.features)))

@@ -1,6 +1,6 @@
 """AD-HH (Yang et al. 2025): heads that were found to drive hallucination are switched off while they look at the text.
 
-Two acts: :func:`find_heads` scores all heads on pairs by zero-ablation, once a model; :func:`adhh` writes with them.
+Two steps: :func:`find_heads` scores all heads on pairs by zero-ablation, once a model; :func:`adhh` writes with them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from ..locate.run import locate_heads
 from ..locate.settings import LocateSettings
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
-from .scale import head_count
+from .common import Columns, head_count
+from .registry import Baseline, register
 
 SWITCHED_OFF = ("head", "text")
 
@@ -81,6 +80,6 @@ def adhh(s: AdhhSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
 GRID = ({}, {"top": 50}, {"top": 100}, {"top": 50, "off": "text"})
 register(
-    Rival("adhh", "decoding", adhh, AdhhSettings(), GRID, "hallucination heads are off while they look at the text",
-          "AD-HH: Yang et al. 2025 (ICLR), official code", learn=learn_heads)
+    Baseline("adhh", "decoding", adhh, AdhhSettings(), GRID, "hallucination heads are off while they look at the text",
+             "AD-HH: Yang et al. 2025 (ICLR), official code", learn=learn_heads)
 )  # fmt: skip

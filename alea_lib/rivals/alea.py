@@ -14,7 +14,7 @@ from ..edit.methods import adversary_settings, edit_method, edit_settings, fit_a
 from ..locate.choose import choose_heads
 from ..locate.run import locate_heads, official_layers
 from ..vlm import VLM
-from .registry import Rival, register
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -65,4 +65,4 @@ WHAT = {
     "lora": ("no adversary, in the located layers by factors of low rank", "LoRA, Hu et al. 2022 (ICLR)"),
 }
 for name, (description, source) in WHAT.items():
-    register(Rival(name, "delta", fit_alea, AleaSettings(name), description=description, source=source))
+    register(Baseline(name, "delta", fit_alea, AleaSettings(name), description=description, source=source))

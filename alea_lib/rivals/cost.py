@@ -1,4 +1,4 @@
-"""What a rival costs where it writes: seconds a token and memory, beside the base model's, on the same pictures."""
+"""What a baseline costs where it writes: seconds a token and memory, beside the base model's, on the same images."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from ..edit.delta import applied
 from ..vlm import VLM
-from .ground import Ground
-from .registry import Rival
+from .registry import Baseline
+from .trial import EvaluationSetup
 
 
 @dataclass(frozen=True)
 class CostSettings:
-    """``batches`` of ``batch`` pictures each, from the first of the test split; ``tokens``: every answer is written to
+    """``batches`` of ``batch`` images each, from the first of the test split; ``tokens``: every answer is written to
     this length, so that no method gains by saying less."""
 
     batches: int = 4
@@ -27,62 +27,58 @@ class CostSettings:
     tokens: int = 24
 
 
-def rival_cost(ground: Ground, rows: dict[str, Rival], s: CostSettings = CostSettings()) -> pd.DataFrame:
+def baseline_cost(
+    setup: EvaluationSetup, baselines: dict[str, Baseline], s: CostSettings = CostSettings()
+) -> pd.DataFrame:
     """Columns method, batch, base_seconds, seconds (each a token), relative, base_mib, mib (peak over what was held
-    before). Base and rival take turns over the same batches; rivals are fitted ones."""
-    out, vlm = [], ground.vlm
-    ready = {name: ground.seeing(row, ground.test) for name, row in rows.items() if row.kind != "after"}
-    _written(vlm, ground.test.features[: s.batch], None, s)  # the first pass is slow
+    before). Base and (fitted) baselines take turns over the same batches."""
+    rows, vlm, test = [], setup.vlm, setup.test.features
+    ready = {name: setup.with_views(b, setup.test) for name, b in baselines.items() if b.kind != "after"}
+    _seconds(vlm, test[: s.batch], None, s)  # the first pass is slow
     for i in range(s.batches):
-        features = ground.test.features[i * s.batch : (i + 1) * s.batch]
+        features = test[i * s.batch : (i + 1) * s.batch]
         if len(features) < s.batch:
-            raise ValueError(f"cost needs {s.batches * s.batch} test pictures, there are {len(ground.test.features)}")
-        for name, row in ready.items():
-            base, own = (_written(vlm, features, r, s) for r in (None, row))
-            peaks = [_peak(vlm, features, r, s) for r in (None, row)] if i == 0 else [float("nan")] * 2
-            out.append((name, i, base, own, own / base, *peaks))
+            raise ValueError(f"cost needs {s.batches * s.batch} test images, there are {len(test)}")
+        for name, baseline in ready.items():
+            base, own = (_seconds(vlm, features, b, s) for b in (None, baseline))
+            peaks = [_peak(vlm, features, b, s) for b in (None, baseline)] if i == 0 else [float("nan")] * 2
+            rows.append((name, i, base, own, own / base, *peaks))
     columns = ["method", "batch", "base_seconds", "seconds", "relative", "base_mib", "mib"]
-    return pd.DataFrame(out, columns=columns)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def relative_cost(table: pd.DataFrame) -> pd.DataFrame:
     """One row a method: relative (median over batches), its least and largest (lo, hi), peak memory over the base's."""
     groups = table.groupby("method", sort=False)
-    first = groups.first()
-    return pd.DataFrame(
-        {
-            "relative": groups["relative"].median(),
-            "lo": groups["relative"].min(),
-            "hi": groups["relative"].max(),
-            "memory": first["mib"] / first["base_mib"],
-        }
-    ).reset_index()
+    cost = groups["relative"].agg(relative="median", lo="min", hi="max")
+    memory = groups[["mib", "base_mib"]].first()
+    return cost.assign(memory=memory["mib"] / memory["base_mib"]).reset_index()
 
 
-def _generate(vlm: VLM, features: torch.Tensor, row: Rival | None, s: CostSettings) -> None:
-    how = {} if row is None else {"decoding": row.decoding}
-    question = vlm.prompt("plain" if row is None else row.prompt)
-    vlm.generate(features, question, s.tokens, batch_size=s.batch, min_new_tokens=s.tokens, **how)
+def _generate(vlm: VLM, features: torch.Tensor, baseline: Baseline | None, s: CostSettings) -> None:
+    options = {"decoding": baseline.decoding} if baseline else {}
+    question = vlm.prompt(baseline.prompt if baseline else "plain")
+    vlm.generate(features, question, s.tokens, batch_size=s.batch, min_new_tokens=s.tokens, **options)
 
 
-def _written(vlm: VLM, features: torch.Tensor, row: Rival | None, s: CostSettings) -> float:
+def _seconds(vlm: VLM, features: torch.Tensor, baseline: Baseline | None, s: CostSettings) -> float:
     """Seconds a token: the clock on a GPU, the process's own time on a CPU that others use too."""
     gpu = vlm.device.type == "cuda"
     clock = time.perf_counter if gpu else time.process_time
-    with applied(vlm, row.delta if row else None):
+    with applied(vlm, baseline.delta if baseline else None):
         if gpu:
             torch.cuda.synchronize()
         start = clock()
-        _generate(vlm, features, row, s)
+        _generate(vlm, features, baseline, s)
         if gpu:
             torch.cuda.synchronize()
         return (clock() - start) / (s.tokens * len(features))
 
 
-def _peak(vlm: VLM, features: torch.Tensor, row: Rival | None, s: CostSettings) -> float:
+def _peak(vlm: VLM, features: torch.Tensor, baseline: Baseline | None, s: CostSettings) -> float:
     """MiB of tensors at the peak, beyond those that were there before."""
-    with applied(vlm, row.delta if row else None), Held() as held:
-        _generate(vlm, features, row, s)
+    with applied(vlm, baseline.delta if baseline else None), Held() as held:
+        _generate(vlm, features, baseline, s)
     return held.peak / 2**20
 
 

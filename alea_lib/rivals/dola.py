@@ -10,8 +10,8 @@ import torch
 
 from ..taps import read_layers
 from ..vlm import VLM, Batch
-from .registry import Rival, register
-from .stream import plausible
+from .common import plausible
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,6 @@ def farthest(own: torch.Tensor, early: torch.Tensor) -> torch.Tensor:
 
 
 register(
-    Rival("dola", "decoding", dola, DolaSettings(), ({}, {"low": False}, {"normed": True, "weight": 0.5}),
-          "contrast with an early layer", "Chuang et al. 2024, official code")
+    Baseline("dola", "decoding", dola, DolaSettings(), ({}, {"low": False}, {"normed": True, "weight": 0.5}),
+             "contrast with an early layer", "Chuang et al. 2024, official code")
 )  # fmt: skip

@@ -16,7 +16,7 @@ from ..edit.settings import EditSettings
 from ..edit.settings import check as check_edit
 from ..edit.trained import Trained, trained
 from ..vlm import VLM
-from .registry import Rival, register
+from .registry import Baseline, register
 
 CURVE = ["step", "loss", "margin", "accuracy"]
 SIDES = ("positive", "negative")
@@ -117,6 +117,6 @@ def _reference(passes: Passes, made: Trained, prompt: str, pick: np.ndarray, kep
 
 GRID = ({}, {"lr": 3e-5}, {"modules": "decoder", "rank": 8})
 register(
-    Rival("dpo", "delta", fit_dpo, DpoSettings(), GRID, "preference of the grounded over the hallucinated answers",
-          "DPO: Rafailov et al. 2023 (NeurIPS); beta 0.1")
+    Baseline("dpo", "delta", fit_dpo, DpoSettings(), GRID, "preference of the grounded over the hallucinated answers",
+             "DPO: Rafailov et al. 2023 (NeurIPS); beta 0.1")
 )  # fmt: skip

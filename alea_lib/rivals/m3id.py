@@ -1,4 +1,4 @@
-"""M3ID (Favero et al., CVPR 2024): what the model would also say without a picture counts against a token, more and
+"""M3ID (Favero et al., CVPR 2024): what the model would also say without an image counts against a token, more and
 more as the answer grows."""
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from math import exp
 import torch
 
 from ..vlm import VLM, Batch
-from .registry import Rival, register
-from .stream import Stream, plausible, without_image
+from .common import Stream, plausible, without_image
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class M3idSettings:
 
 @contextmanager
 def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
-    """Log-probabilities l + (exp(rate t) - 1)(l - l without picture), t = 1 for the first token."""
+    """Log-probabilities l + (exp(rate t) - 1)(l - l without image), t = 1 for the first token."""
     blind = Stream(vlm, *without_image(vlm, batch, embeds, mask))
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -42,6 +42,6 @@ def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
 
 register(
-    Rival("m3id", "decoding", m3id, M3idSettings(), tuple({"rate": r} for r in (0.02, 0.05, 0.1)),
-          "contrast with no picture, growing along the answer", "Favero et al. 2024")
+    Baseline("m3id", "decoding", m3id, M3idSettings(), tuple({"rate": r} for r in (0.02, 0.05, 0.1)),
+             "contrast with no image, growing along the answer", "Favero et al. 2024")
 )  # fmt: skip

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..vlm import VLM, Batch
-from .registry import Rival, register
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class NucleusSettings:
 @contextmanager
 def nucleus(s: NucleusSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
     """Samples by the Gumbel trick: the likeliest token after noise is a sample. Each item's noise comes from the seed
-    and its own picture and question, so that an answer does not hang on its batch, nor on torch's global state."""
+    and its own image and question, so that an answer does not hang on its batch, nor on torch's global state."""
     dice = [_dice(s.seed, f, q) for f, q in zip(batch.features, batch.questions, strict=True)]
 
     def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -54,6 +54,6 @@ def _dice(seed: int, feature: torch.Tensor, question: str) -> torch.Generator:
 
 
 register(
-    Rival("nucleus", "decoding", nucleus, NucleusSettings(), ({"p": 0.9}, {"p": 0.5}),
-          "sampling from the likeliest tokens", "Holtzman et al. 2020")
+    Baseline("nucleus", "decoding", nucleus, NucleusSettings(), ({"p": 0.9}, {"p": 0.5}),
+             "sampling from the likeliest tokens", "Holtzman et al. 2020")
 )  # fmt: skip

@@ -13,8 +13,8 @@ from ..locate.evidence import Evidence
 from ..locate.settings import LocateSettings
 from ..taps import full_weight
 from ..vlm import VLM
-from .registry import Rival, register
-from .scale import at_depth
+from .common import at_depth
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def fit_nullu(
 
 GRID = ({}, {"rank": 1}, {"rank": 2}, {"rank": 8}, {"rank": 16})
 register(
-    Rival("nullu", "delta", fit_nullu, NulluSettings(), GRID, "directions of the pairs taken out of down-projections",
-          "Nullu: Yang et al. 2025 (CVPR)")
+    Baseline("nullu", "delta", fit_nullu, NulluSettings(), GRID,
+             "directions of the pairs taken out of down-projections", "Nullu: Yang et al. 2025 (CVPR)")
 )  # fmt: skip

@@ -7,9 +7,9 @@ instead minus the token's share on the image. Scores are the log-softmax among t
 been the largest in more than ``threshold`` steps of every beam, the answer goes back to the token behind it and may
 not take the same ones again; that token is chosen among all, without penalty (official code).
 
-Otherwise than in the official code, which writes one answer at a time: columns that were the largest follow their
-beam, not their place among the beams; a product is computed from logarithms, so that long ones do not overflow; going
-back means writing the item anew with what is now ruled out, with others of its batch that go back too.
+Unlike the official code, which writes one answer at a time: columns that were the largest follow their beam, not their
+place among the beams; a product is computed from logarithms, so that long ones do not overflow; an item that goes back
+is written again, with what is now ruled out, together with others of its batch that go back.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
+from .common import Columns
+from .registry import Baseline, register
 
 PUBLISHED_WORDS = 100  # of a caption of LLaVA-1.5-7B
 CEILING = 700.0  # of a penalty's logarithm: what double precision holds
@@ -95,7 +95,7 @@ class Past:
 
     def goes_back(self, column: int, said: list[list[list[int]]], limit: int) -> bool:
         """Go back behind the token ``column``, or to it once that was done ``limit`` times. ``said[t]``: the item's
-        beams of t tokens. False if there is nothing to choose anew."""
+        beams of t tokens. False if there is nothing else to choose."""
         for place in (column + 1, column):
             if self.times[place] < limit and place + 1 < len(said):
                 self.times[place] += 1
@@ -121,8 +121,8 @@ class Watch:
 
     def look(self, layer: int, scores: torch.Tensor) -> None:
         """Keep the newest token's attention [R,K]."""
-        seen = scores.softmax(-1).amax(1)
-        self.newest = seen / seen.sum(-1, keepdim=True)
+        largest = scores.softmax(-1).amax(1)
+        self.newest = largest / largest.sum(-1, keepdim=True)
 
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -131,13 +131,13 @@ class Watch:
             self.cache.rows = torch.cat([rows, self.newest[:, None, -t:]], 1)
         likely, tokens = scores.topk(self.s.candidates)
         penalty, column = self.penalty(self.tried(tokens))
-        told = torch.full_like(scores, -torch.inf, dtype=torch.float64)
-        told.scatter_(1, tokens, likely.double() - self.s.weight * penalty)
+        penalised = torch.full_like(scores, -torch.inf, dtype=torch.float64)
+        penalised.scatter_(1, tokens, likely.double() - self.s.weight * penalty)
         for said, beams in zip(self.said, ids.unflatten(0, (-1, self.s.beams)).tolist(), strict=True):
             said.append(beams)
         self.note(column)
         # what other processors ruled out stays out, and its probability is not given to the candidates
-        return self.ruled(scores, told).log_softmax(-1).float() + scores.logsumexp(-1, keepdim=True)
+        return self.ruled(scores, penalised).log_softmax(-1).float() + scores.logsumexp(-1, keepdim=True)
 
     def tried(self, tokens: torch.Tensor) -> torch.Tensor:
         """What each candidate [R,C] would look at, [R,C,K]: one pass a candidate, which the cache then forgets."""
@@ -168,19 +168,19 @@ class Watch:
             if item not in self.back and self.pasts[item].goes_back(int(now[item]), self.said[item], self.s.times):
                 self.back.add(item)
 
-    def ruled(self, scores: torch.Tensor, told: torch.Tensor) -> torch.Tensor:
-        """``told`` [R,V], but all tokens' ``scores`` without the banned ones where an item has come back, and nothing
-        but the end for items that have yet to."""
+    def ruled(self, scores: torch.Tensor, penalised: torch.Tensor) -> torch.Tensor:
+        """``penalised`` [R,V], but all tokens' ``scores`` without the banned ones where an item has come back, and
+        nothing but the end for items that have yet to."""
         for item, past in enumerate(self.pasts):
             own = slice(item * self.s.beams, (item + 1) * self.s.beams)
             if item in self.back:
-                told[own] = -torch.inf
-                told[own, self.vlm.end_id] = 0.0
+                penalised[own] = -torch.inf
+                penalised[own, self.vlm.end_id] = 0.0
             elif banned := past.ruled_out(self.said[item][-1]):
-                told[own] = scores[own].double()
+                penalised[own] = scores[own].double()
                 for beam, token in banned:
-                    told[own.start + beam, token] = -torch.inf
-        return told
+                    penalised[own.start + beam, token] = -torch.inf
+        return penalised
 
 
 class Search:
@@ -190,22 +190,18 @@ class Search:
         self.s, self.vlm, self.batch, self.mask = s, vlm, batch, mask
         self.watch: Watch | None = None
 
-    def look(self, layer: int, scores: torch.Tensor) -> None:
-        self.watch.look(layer, scores)
-
-    def __call__(
-        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-    ) -> torch.Tensor:
+    def __call__(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **options):
+        """Token ids [B,t] of the answers, with transformers' arguments of a custom ``generate``."""
         pasts, todo, out = [Past() for _ in self.mask], list(range(len(self.mask))), {}
         while todo:
             items = torch.tensor(todo, device=self.mask.device)
             batch = self.batch.without_images(items)
             self.watch = Watch(self.s, self.vlm, batch, self.mask[items], [pasts[i] for i in todo])
             rows = (items[:, None] * self.s.beams + torch.arange(self.s.beams, device=items.device)).ravel()
-            told = {k: of_rows(v, rows, len(input_ids)) for k, v in model_kwargs.items()}
+            own = {k: of_rows(v, rows, len(input_ids)) for k, v in options.items()}
             new = type(model)._beam_search(
                 model, input_ids[rows], LogitsProcessorList([*logits_processor, self.watch]), stopping_criteria,
-                generation_config, **{**told, "past_key_values": self.watch.cache},
+                generation_config, **{**own, "past_key_values": self.watch.cache},
             )  # fmt: skip
             out |= {item: ids for i, (item, ids) in enumerate(zip(todo, new)) if i not in self.watch.back}
             todo = [todo[i] for i in sorted(self.watch.back)]
@@ -229,7 +225,7 @@ def opera(s: OperaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: 
     if s.scale < 0 or not 0 < s.damping <= 1:
         raise ValueError(f"scale is {s.scale}, it must not be negative; damping is {s.damping}, in (0, 1]")
     search = Search(at_length(s), vlm, batch, mask)
-    with weighed_attention(vlm, search.look, [vlm.n_layers - 1]):
+    with weighed_attention(vlm, lambda *args: search.watch.look(*args), [vlm.n_layers - 1]):
         yield {"num_beams": s.beams, "custom_generate": search, **positions(vlm, batch, mask)}
 
 
@@ -244,6 +240,6 @@ def positions(vlm: VLM, batch: Batch, mask: torch.Tensor) -> dict[str, torch.Ten
 # as published; for captions of the small world's 25 words, also with a milder scale, also without going back
 GRID = ({}, {"words": 25}, {"words": 25, "scale": 20.0}, {"words": 25, "times": 0})
 register(
-    Rival("opera", "decoding", opera, OperaSettings(), GRID, "beams; leaning on one's own words costs; going back",
-          "OPERA: Huang et al. 2024 (CVPR), official code")
+    Baseline("opera", "decoding", opera, OperaSettings(), GRID, "beams; leaning on one's own words costs; going back",
+             "OPERA: Huang et al. 2024 (CVPR), official code")
 )  # fmt: skip

@@ -14,10 +14,8 @@ import torch
 
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
-from .scale import at_depth
-from .stream import Stream, plausible, without_image
+from .common import Columns, Stream, at_depth, plausible, without_image
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ def raised(scores: torch.Tensor, image: torch.Tensor, alpha: float) -> torch.Ten
 def guided(scores: torch.Tensor, blind: torch.Tensor, gamma: float, beta: float) -> torch.Tensor:
     """Scores [B,V] and those of the stream without image -> log p + (gamma - 1)(log p - log p without image), -inf for
     tokens with p < beta max p."""
-    seen, unseen = scores.float().log_softmax(-1), blind.float().log_softmax(-1)
-    return torch.where(plausible(scores, beta), gamma * (seen - unseen) + unseen, -torch.inf)
+    own, prior = scores.float().log_softmax(-1), blind.float().log_softmax(-1)
+    return torch.where(plausible(scores, beta), gamma * (own - prior) + prior, -torch.inf)
 
 
 @contextmanager
@@ -70,6 +68,6 @@ def pai(s: PaiSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torc
 
 GRID = tuple({"alpha": a, "gamma": g} for a, g in ((0.2, 1.1), (0.5, 1.1), (0.2, 1.5), (0.5, 1.5), (0.5, 1.0)))
 register(
-    Rival("pai", "decoding", pai, PaiSettings(), GRID, "image attention raised, guidance against the prompt alone",
-          "PAI: Liu et al. 2024 (ECCV), official code")
+    Baseline("pai", "decoding", pai, PaiSettings(), GRID, "image attention raised, guidance against the prompt alone",
+             "PAI: Liu et al. 2024 (ECCV), official code")
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Rivals that need no model passes beyond their own: beams, a stronger wish to stop, other words, a shorter caption."""
+"""Baselines without further model passes: beams, a stronger wish to stop, other words, a shorter caption."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from ..measures.frontier import drop_last_sentence
 from ..vlm import VLM, Batch
-from .registry import Rival, register
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -69,18 +69,18 @@ def truncation(s: TruncationSettings, captions: pd.DataFrame) -> pd.DataFrame:
 
 
 register(
-    Rival("beam", "decoding", beam, BeamSettings(), ({"beams": 2}, {"beams": 5}), "beam search",
-          "standard; 5 beams as in the CHAIR papers")
+    Baseline("beam", "decoding", beam, BeamSettings(), ({"beams": 2}, {"beams": 5}), "beam search",
+             "standard; 5 beams as in the CHAIR papers")
 )  # fmt: skip
 register(
-    Rival("stop-early", "decoding", stop_early, StopSettings(), tuple({"strength": x} for x in (1.0, 2.0, 4.0)),
-          "the end token's logit is raised", "control of this study")
+    Baseline("stop-early", "decoding", stop_early, StopSettings(), tuple({"strength": x} for x in (1.0, 2.0, 4.0)),
+             "the end token's logit is raised", "control of this study")
 )  # fmt: skip
 register(
-    Rival("careful-prompt", "prompt", careful, PromptSettings(), description="asked to name only what is visible",
-          source="control of this study")
+    Baseline("careful-prompt", "prompt", careful, PromptSettings(), description="asked to name only what is visible",
+             source="control of this study")
 )  # fmt: skip
 register(
-    Rival("truncation", "after", truncation, TruncationSettings(), description="the last sentence is deleted",
-          source="control of this study")
+    Baseline("truncation", "after", truncation, TruncationSettings(), description="the last sentence is deleted",
+             source="control of this study")
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""SPIN (Sarkar et al. 2025): in each layer, heads that look little at the image are turned down, anew at each token."""
+"""SPIN (Sarkar et al. 2025): at each token and in each layer, heads that look little at the image are turned down."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 from ..taps import weighed_attention
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
+from .common import Columns
+from .registry import Baseline, register
 
 RANKED_BY = ("logits", "attention")
 
@@ -52,6 +52,6 @@ def spin(s: SpinSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
 GRID = ({}, {"kept": 0.8}, {"kept": 0.5}, {"kept": 0.8, "scale": 0.5}, {"ranked_by": "attention", "scale": 0.5})
 register(
-    Rival("spin", "decoding", spin, SpinSettings(), GRID, "heads that look little at the image are turned down",
-          "SPIN: Sarkar et al. 2025 (EMNLP), official code")
+    Baseline("spin", "decoding", spin, SpinSettings(), GRID, "heads that look little at the image are turned down",
+             "SPIN: Sarkar et al. 2025 (EMNLP), official code")
 )  # fmt: skip

@@ -12,7 +12,7 @@ from ..edit.delta import Delta
 from ..edit.fit import fit_edit
 from ..edit.methods import edit_settings
 from ..vlm import VLM
-from .registry import Rival, register
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ def fit_supervised(
 
 GRID = ({}, {"lr": 3e-4}, {"epochs": 1})
 register(
-    Rival("sft", "delta", fit_supervised, SFT, GRID, "all decoder matrices trained on the grounded answers",
-          "control: supervised fine-tuning")
+    Baseline("sft", "delta", fit_supervised, SFT, GRID, "all decoder matrices trained on the grounded answers",
+             "control: supervised fine-tuning")
 )  # fmt: skip
 register(
-    Rival("lora-all", "delta", fit_supervised, LORA_ALL, GRID, "the same by factors of low rank",
-          "control: LoRA, Hu et al. 2022 (ICLR)")
+    Baseline("lora-all", "delta", fit_supervised, LORA_ALL, GRID, "the same by factors of low rank",
+             "control: LoRA, Hu et al. 2022 (ICLR)")
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""VCD (Leng et al., CVPR 2024): what the model would also say of a noisy picture counts against a token."""
+"""VCD (Leng et al., CVPR 2024): what the model would also say of a noisy image counts against a token."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from ..vlm import VLM, Batch
-from .registry import Rival, Views, register
-from .stream import Stream, plausible, with_features
+from .common import Stream, plausible, with_features
+from .registry import Baseline, Views, register
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class VcdSettings:
 
 
 def noised_share(step: int) -> float:
-    """How much of a picture's variance is left after so many of 1,000 steps (official code: sigmoid schedule)."""
+    """How much of an image's variance is left after so many of 1,000 steps (official code: sigmoid schedule)."""
     if not 0 <= step < 1000:
         raise ValueError(f"step is {step}, it must be 0 to 999")
     betas = torch.linspace(-6, 6, 1000, dtype=torch.float64).sigmoid() * (0.5e-2 - 1e-5) + 1e-5
@@ -34,8 +34,8 @@ def noised_share(step: int) -> float:
 
 
 def noised(vlm: VLM, files: list[Path], s: VcdSettings) -> torch.Tensor:
-    """Features [N,P,D] of the pictures under diffusion noise, added to the pixels as the model sees them, one seed a
-    picture."""
+    """Features [N,P,D] of the images under diffusion noise, added to the pixels as the model sees them, each image
+    with a seed of its own."""
     left = noised_share(s.step)
 
     def change(index: range, pixels: torch.Tensor) -> torch.Tensor:
@@ -50,9 +50,9 @@ def noised(vlm: VLM, files: list[Path], s: VcdSettings) -> torch.Tensor:
 def vcd(
     s: VcdSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor, views: Views | None = None
 ) -> Iterator[dict]:
-    """Logits (1 + alpha) l(picture) - alpha l(noisy picture), among the plausible tokens of l(picture)."""
+    """Logits (1 + alpha) l(image) - alpha l(noisy image), among the plausible tokens of l(image)."""
     if views is None:
-        raise ValueError("vcd needs the noisy pictures: call rival.seeing(vlm, files, features) first")
+        raise ValueError("vcd needs the noisy images: call baseline.with_views(vlm, files, features) first")
     noisy = Stream(vlm, *with_features(vlm, batch, embeds, mask, views.of(batch.features)))
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -63,6 +63,6 @@ def vcd(
 
 
 register(
-    Rival("vcd", "decoding", vcd, VcdSettings(), ({"alpha": 0.5}, {}, {"step": 999}),
-          "contrast with a noisy picture", "Leng et al. 2024, official code", view=noised)
+    Baseline("vcd", "decoding", vcd, VcdSettings(), ({"alpha": 0.5}, {}, {"step": 999}),
+             "contrast with a noisy image", "Leng et al. 2024, official code", view=noised)
 )  # fmt: skip

@@ -10,9 +10,8 @@ import torch
 
 from ..taps import replaced_heads
 from ..vlm import VLM, Batch
-from .columns import Columns
-from .registry import Rival, register
-from .scale import at_depth
+from .common import Columns, at_depth
+from .registry import Baseline, register
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,6 @@ def vhr(s: VhrSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torc
 
 GRID = ({}, {"alpha": 1.5}, {"alpha": 3.0}, {"share": 0.2}, {"layers": tuple(range(16, 32))})
 register(
-    Rival("vhr", "decoding", vhr, VhrSettings(), GRID, "heads whose output depends on the image are turned up",
-          "VHR: He et al. 2025 (ACL)")
+    Baseline("vhr", "decoding", vhr, VhrSettings(), GRID, "heads whose output depends on the image are turned up",
+             "VHR: He et al. 2025 (ACL)")
 )  # fmt: skip
