@@ -61,7 +61,7 @@ NOT_RUN = {"scenes": "not in this run: make study", "coco": "not run: needs a GP
 WORSE, LOST = 0.02, 0.03  # what still counts as "as good": CHAIRs at most so much higher, recall so much lower
 
 
-def verdict(lo: float, hi: float, sign: int) -> Verdict:
+def verdict(lo: float, hi: float, sign: float) -> Verdict:
     """Holds or fails when the interval lies on one side of zero, else not shown."""
     if lo * sign > 0 and hi * sign > 0:
         return Verdict.HOLDS

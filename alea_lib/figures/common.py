@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -41,7 +42,7 @@ def style() -> None:
         shell.run_line_magic("config", "InlineBackend.print_figure_kwargs = {'metadata': {'Date': None}}")
 
 
-def appearance(name: object, i: int, markers: str = MARKERS) -> dict[str, object]:
+def appearance(name: object, i: int, markers: str = MARKERS) -> dict[str, Any]:
     """Colour and marker (``fmt``) of a method; of anything else those that come ``i``-th."""
     colour, marker = METHODS.get(str(name), (sns.color_palette("colorblind")[i % 10], markers[i % len(markers)]))
     return {"color": colour, "fmt": marker}
@@ -123,7 +124,7 @@ def curves(
     return headed(figure, title)
 
 
-def _line(i: int) -> dict[str, object]:
+def _line(i: int) -> dict[str, Any]:
     """Marker, dash and colour of the ``i``-th line."""
     colour = sns.color_palette("colorblind")[i]
     return {"marker": MARKERS[i % len(MARKERS)], "ls": DASHES[i % len(DASHES)], "color": colour}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -29,7 +31,7 @@ def _draw_plane(axis: Axes, frontier: pd.DataFrame, points: pd.DataFrame) -> Non
     axis.plot(line["recall"], line["chair_s"], color="0.35", lw=1.5, zorder=1, label="base, cut to its first sentences")
     axis.fill_between(line["recall"], line["chair_s_lo"], line["chair_s_hi"], color="0.6", alpha=0.3, zorder=0)
     for i, p in enumerate(points.to_dict("records")):
-        errors = {
+        errors: dict[str, Any] = {
             "xerr": [[p["recall"] - p["recall_lo"]], [p["recall_hi"] - p["recall"]]],
             "yerr": [[p["chair_s"] - p["chair_s_lo"]], [p["chair_s_hi"] - p["chair_s"]]],
         }
@@ -45,7 +47,10 @@ def cost_plane(table: pd.DataFrame, title: str) -> Figure:
     figure, axis = plt.subplots(figsize=(7, 4))
     for i, row in enumerate(table.to_dict("records")):
         x, y = row["relative"], row["value"]
-        errors = {"xerr": [[x - row["lo_cost"]], [row["hi_cost"] - x]], "yerr": [[y - row["lo"]], [row["hi"] - y]]}
+        errors: dict[str, Any] = {
+            "xerr": [[x - row["lo_cost"]], [row["hi_cost"] - x]],
+            "yerr": [[y - row["lo"]], [row["hi"] - y]],
+        }
         axis.errorbar(x, y, capsize=2, label=row["method"], **appearance(row["method"], i, OTHERS), **errors)
     axis.axhline(0, color="0.4", lw=1, ls="--")
     axis.set(title=title, xlabel="seconds a token, relative to the base model", ylabel="gap in CHAIRs")
