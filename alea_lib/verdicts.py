@@ -43,20 +43,13 @@ KEPT = (  # claims that something does not get worse by more than a margin
     ("Yes/no answers stay right (loss under 3 points)", "general ability kept", "pope_accuracy_diff", "pope", 0.03),
 )
 UNTESTED = (  # claim, paper, evidence, verdict
-    (
-        "Inference costs nothing more",
-        "no overhead",
-        "by construction: same modules, shapes and dtypes (checked by a test; timed on a GPU: chapter What it takes)",
-        Verdict.HOLDS,
-    ),
-    (
-        "It generalises to other model families",
-        "open in the paper",
-        "cannot be tested on one model",
-        Verdict.NOT_TESTED,
-    ),
+    ("Inference costs nothing more", "no overhead",
+     "by construction: same modules, shapes and dtypes (checked by a test; timed on a GPU: chapter What it takes)",
+     Verdict.HOLDS),
+    ("It generalises to other model families", "open in the paper", "cannot be tested on one model",
+     Verdict.NOT_TESTED),
     ("People prefer the captions", "open in the paper", "not answered here", Verdict.NOT_TESTED),
-)
+)  # fmt: skip
 NOT_RUN = {"scenes": "not in this run: make study", "coco": "not run: needs a GPU"}  # a column each, whatever was run
 WORSE, LOST = 0.02, 0.03  # what still counts as "as good": CHAIRs at most so much higher, recall so much lower
 

@@ -67,20 +67,37 @@ def look(
     return Look(text, words, {**score, "words": int(found["n_words"])})
 
 
-@dataclass
 class Live:
-    """A board of controls (image, method, layers, strength) and what answers them; ``box`` is what a cell shows."""
+    """A board that answers every change of its controls with caption, maps, and a score beside the unedited model's.
 
-    vlm: VLM
-    split: Split
-    truth: Truth
-    deltas: Mapping[str, Delta | None]
-    settings: LookSettings
-    controls: dict[str, ipywidgets.Widget]
-    report: ipywidgets.HTML
-    maps: ipywidgets.Image
-    box: ipywidgets.VBox
-    _busy: bool = False  # several controls are being set at once
+    ``deltas``: method -> its edit, None = the base. ``box`` is what a cell shows. Needs a kernel: in a finished
+    notebook a figure stands in for it. Works with ipywidgets 7 and 8.
+    """
+
+    def __init__(
+        self,
+        vlm: VLM,
+        split: Split,
+        truth: Truth,
+        deltas: Mapping[str, Delta | None],
+        settings: LookSettings | None = None,
+    ):
+        self.vlm, self.split, self.truth, self.deltas = vlm, split, truth, deltas
+        self.settings = settings or LookSettings()
+        self.controls = {
+            "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
+            "method": ipywidgets.Dropdown(options=list(deltas), value=next(iter(deltas)), description="method"),
+            "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
+            "strength": ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.25, description="strength"),
+        }
+        self.controls["strength"].continuous_update = False
+        self.report, self.maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
+        self.box = ipywidgets.VBox([*self.controls.values(), self.report, self.maps])
+        self._busy = False  # several controls are being set at once
+        self.controls["method"].observe(self.method_changed, "value")
+        for name in ("image", "layers", "strength"):
+            self.controls[name].observe(self.changed, "value")
+        self.method_changed()
 
     def method_changed(self, _=None) -> None:
         """Another edit has other layers: all of them are chosen at first."""
@@ -115,29 +132,7 @@ class Live:
         return scaled(delta, self.controls["strength"].value, names)
 
 
-def live(
-    vlm: VLM, split: Split, truth: Truth, deltas: Mapping[str, Delta | None], settings: LookSettings | None = None
-) -> Live:
-    """A board that answers every change of its controls with caption, maps, and a score beside the unedited model's.
-
-    ``deltas``: method -> its edit, None = the base. Needs a kernel: in a finished notebook a figure stands in for it.
-    Works with ipywidgets 7 and 8.
-    """
-    controls = {
-        "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
-        "method": ipywidgets.Dropdown(options=list(deltas), value=next(iter(deltas)), description="method"),
-        "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
-        "strength": ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.25, description="strength"),
-    }
-    controls["strength"].continuous_update = False
-    report, maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
-    box = ipywidgets.VBox([*controls.values(), report, maps])
-    board = Live(vlm, split, truth, deltas, settings or LookSettings(), controls, report, maps, box)
-    controls["method"].observe(board.method_changed, "value")
-    for name in ("image", "layers", "strength"):
-        controls[name].observe(board.changed, "value")
-    board.method_changed()
-    return board
+live = Live  # the name that notebooks use
 
 
 def _report(looks: list[Look], method: str, there: frozenset[str]) -> str:
