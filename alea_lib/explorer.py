@@ -164,7 +164,8 @@ def _parts(
 
     ``maps``: where a word starts -> the number of its map.
     """
-    parts, at = [], 0
+    parts: list[str | list] = []
+    at = 0
     for m in mentions(text, family):
         state = "right" if m.category in there else "companion" if m.category in called else "wrong"
         parts += [text[at : m.start], [text[m.start : m.end], m.category, state, maps.get(m.start, -1)]]

@@ -51,7 +51,7 @@ def look(
     settings: LookSettings | None = None,
     features: torch.Tensor | None = None,
 ) -> Look:
-    """What a model, edited by ``delta`` if there is one, writes about one picture of the split, and where it looks.
+    """What a model, edited by ``delta`` if there is one, writes about one image of the split, and where it looks.
 
     ``features`` [1,P,D] spare the vision tower where they are known.
     """

@@ -71,23 +71,23 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     pairs = activate(vlm, vlm.features(learn.files), learn.ids, [f.name for f in learn.files], supported, settings)
     clock(f"activate: {len(pairs)} pairs")
 
-    seen = vlm.features(learn.find(pairs["image_id"].tolist()).files)
-    scores = locate_layers(vlm, seen, pairs, [o.locator]).scores
+    features = vlm.features(learn.find(pairs["image_id"].tolist()).files)
+    scores = locate_layers(vlm, features, pairs, [o.locator]).scores
     layers = tuple(choose_layers(scores, o.layers, "mean"))
     clock(f"locate: layers {layers}")
 
     wrong, right = pairs["negative"].tolist(), pairs["positive"].tolist()
-    prefix, _ = fit_prefix(vlm, seen, wrong, adversary("contrast", steps=o.steps), right)
+    prefix, _ = fit_prefix(vlm, features, wrong, adversary("contrast", steps=o.steps), right)
     clock("adversary")
     deltas = {"base": None}
     for method in ("no-prefix", "alea-mixed"):
-        deltas[method], _ = fit_edit(vlm, seen, right, prefix, preset(method, layers=layers))
+        deltas[method], _ = fit_edit(vlm, features, right, prefix, preset(method, layers=layers))
         clock(f"edit: {method}")
 
-    truth, features, texts = read_truth(test.instances, test.captions), vlm.features(test.files), {}
+    truth, test_features, texts = read_truth(test.instances, test.captions), vlm.features(test.files), {}
     for method, delta in deltas.items():
         with applied(vlm, delta):
-            texts[method] = captions(vlm, test, features, "plain", o.max_new_tokens)
+            texts[method] = captions(vlm, test, test_features, "plain", o.max_new_tokens)
         clock(f"captions: {method}")
     return report(texts, truth, clock)
 
