@@ -20,12 +20,14 @@ export MALLOC_MMAP_THRESHOLD_ = 33554432
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_TOP_PAD_ = 67108864
 
-.PHONY: help install study test check-book check-photographs model implants card book pdf run publish gpu-check clean
+.PHONY: help install study test mutants lint check-book check-photographs model implants card book pdf run publish gpu-check clean
 
 help:
 	@echo "make study               the whole study, then the book: _build/html/index.html"
 	@echo "make study DRY=1         what it would do, take and need (PROFILE=llava-1.5-7b: LLaVA-1.5 on one GPU); starts nothing"
 	@echo "make test                the tests"
+	@echo "make mutants             plant the faults of tests/mutants.yaml one by one: a test must notice each (long)"
+	@echo "make lint                style, types, imports and spelling"
 	@echo "make check-book          look at the built book in a headless Chromium, if there is one"
 	@echo "make check-photographs   both profiles of LLaVA-1.5 to their end, with a tiny model and tiny files from localhost (minutes)"
 	@echo "make run NB=05_edit      one notebook (VARIANT=alea-mixed, PARAMS=\"LR=0.001 STEPS=50\")"
@@ -72,6 +74,16 @@ publish: $(STAMP)
 test: $(STAMP)
 	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile
 
+mutants: $(STAMP)
+	@$(PY) -m pytest -q -m mutants tests/test_mutants.py
+
+lint: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check alea_lib tests book
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/codespell
+
 check-book: $(STAMP)
 	@$(PY) -m pytest -q -m long tests/test_browser.py
 
@@ -92,5 +104,5 @@ card: $(STAMP)
 	$(PY) -m alea_lib.zoo --part card
 
 clean:
-	rm -rf _build .snakemake data/runs .pytest_cache .hypothesis .ruff_cache
+	rm -rf _build .snakemake data/runs .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache
 	find book/notebooks book/generated -type f ! -name .gitignore -delete

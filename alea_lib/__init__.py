@@ -171,20 +171,20 @@ _EXPORTS = {
     "better_than": "rivals.compare",
     "baselines_of_study": "baseline_pages",
     "claims": "verdicts",
-    "studied": "verdicts",
+    "studied": "comparison",
     "finding": "verdicts",
-    "headline": "verdicts",
+    "headline": "comparison",
     "robustness_finding": "verdicts",
     "robust_recipes": "verdicts",
     "recipe_sentence": "verdicts",
-    "side_by_side": "verdicts",
-    "rows_of": "verdicts",
+    "side_by_side": "comparison",
+    "rows_of": "comparison",
     "with_interval": "phrases",
-    "frontier_line": "verdicts",
-    "frontier_points": "verdicts",
-    "attacked": "firstpage",
-    "core": "firstpage",
-    "summary": "firstpage",
+    "frontier_line": "comparison",
+    "frontier_points": "comparison",
+    "attacked": "comparison",
+    "core": "comparison",
+    "summary": "verdicts",
     "patch_maps": "probe.patches",
     "PatchSettings": "probe.patches",
     "pointing": "measures.pointing",
@@ -199,6 +199,10 @@ _EXPORTS = {
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("alea_lib")
     if name not in _EXPORTS:
         raise AttributeError(f"alea_lib has no {name!r}; it has {', '.join(sorted(_EXPORTS))}")
     module = importlib.import_module(f"{__name__}.{_EXPORTS[name]}")

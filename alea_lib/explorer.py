@@ -1,7 +1,7 @@
-"""The caption explorer: a page to click through test pictures and captions; no kernel, no network, no torch.
+"""The caption explorer: a page to click through test images and captions; no kernel, no network, no torch.
 
-A run chooses the pictures (``choose_images``) and writes ``explorer.json`` and small pictures (``write_explorer``); the
-book lays the page around them (``publish``), from the templates in ``book/explorer``.
+A run chooses the images (``choose_images``) and writes ``explorer.json`` and thumbnails (``write_explorer``); the book
+lays the page around them (``publish``), from the templates in ``book/explorer``.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ GROUPS = {  # a filter, and what it shows: the method's caption against the base
     "right": "no wrong object, before or after",
 }
 MAX_BYTES = 3_000_000
-MAX_SIDE = 192  # pixels of a picture
+MAX_SIDE = 192  # pixels of a thumbnail
 
 
 @dataclass(frozen=True)
 class ExplorerSettings:
-    """``n_images`` pictures, drawn by ``seed``; ``shown``: the method that is compared with ``base`` at first; both of
+    """``n_images`` images, drawn by ``seed``; ``shown``: the method that is compared with ``base`` at first; both of
     these have maps. ``block``: side of the square that the maps of effect blank (:class:`PatchSettings`)."""
 
     n_images: int = 120
@@ -46,7 +46,7 @@ class ExplorerSettings:
 
 
 def groups_of(base: str, method: str, there: frozenset[str], called: frozenset[str], family: str) -> tuple[str, ...]:
-    """The filters that two captions pass. ``there``: objects in the picture; ``called``: absent companions of these."""
+    """The filters that two captions pass. ``there``: objects in the image; ``called``: absent companions of these."""
     before, after = ({m.category for m in mentions(text, family)} - there for text in (base, method))
     passes = {
         "worse": len(after) > len(before),
@@ -59,17 +59,17 @@ def groups_of(base: str, method: str, there: frozenset[str], called: frozenset[s
 
 
 def called_for(there: frozenset[str], companions: Mapping[str, str]) -> frozenset[str]:
-    """The objects that those in a picture call for, by the planted graph (:func:`alea_lib.companions`)."""
+    """The objects that those in an image call for, by the planted graph (:func:`alea_lib.companions`)."""
     return frozenset(companions[a] for a in there if a in companions) - there
 
 
 def choose_images(
     captions: Mapping[str, pd.DataFrame], truth: Truth, companions: Mapping[str, str], settings: ExplorerSettings
 ) -> pd.DataFrame:
-    """Which pictures the page shows: image_id, drawn_for (a filter), in ascending order of image_id.
+    """Which images the page shows: image_id, drawn_for (a filter), in ascending order of image_id.
 
-    The filters draw in turn, each its next picture in an order that the seed shuffles once for each filter, until
-    ``n_images`` are drawn or none is left; a picture is drawn once. ``captions``: method -> image_id, caption.
+    The filters draw in turn, each its next image in an order that the seed shuffles once for each filter, until
+    ``n_images`` are drawn or none is left; an image is drawn once. ``captions``: method -> image_id, caption.
     """
     texts = {m: _texts(captions, m, truth) for m in ("base", settings.shown)}
     passed: dict[str, list[int]] = {name: [] for name in GROUPS}
@@ -107,7 +107,7 @@ def write_explorer(
     settings: ExplorerSettings,
     chosen: pd.DataFrame,
 ) -> pd.DataFrame:
-    """Write ``explorer.json`` and ``pictures/<id>.webp`` of the chosen pictures; returns what was written, in bytes.
+    """Write ``explorer.json`` and ``pictures/<id>.webp`` of the chosen images; returns part, files, bytes.
 
     ``captions``: method -> image_id, caption; ``maps``: method -> table of :func:`alea_lib.patch_maps`, for ``base``
     and the shown method. Maps are stored in eight bits, on one scale a kind for the whole page: the 99th percentile of
@@ -115,9 +115,11 @@ def write_explorer(
     """
     words = pd.concat([m.assign(method=name) for name, m in maps.items()], ignore_index=True)
     scale = {kind: _scale(words[kind]) for kind in ("attention", "effect")}
-    packed = {(r.method, r.image_id, r.start): i for i, r in enumerate(words.itertuples())}
+    numbers: dict[tuple[str, int], dict[int, int]] = {}  # method and image -> start of a word -> number of its map
+    for i, r in enumerate(words.itertuples()):
+        numbers.setdefault((r.method, r.image_id), {})[r.start] = i
     texts = {m: _texts(captions, m, truth) for m in captions}
-    pictures = split.find(chosen["image_id"].tolist())
+    images = split.find(chosen["image_id"].tolist())
     data = {
         "settings": asdict(settings),
         "methods": list(captions),
@@ -125,12 +127,15 @@ def write_explorer(
         "grid": round(len(words["effect"].iloc[0]) ** 0.5) if len(words) else 0,
         "scale": scale,
         "groups": GROUPS,
-        "images": [_entry(i, texts, truth, companions, packed) for i in chosen["image_id"]],
+        "images": [_entry(i, texts, truth, companions, numbers) for i in chosen["image_id"]],
         "maps": [_packed(r, scale) for r in words.itertuples()],
     }
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for image_id, file in zip(pictures.ids, pictures.files):
-        _save_picture(file, folder / "pictures" / f"{image_id}.webp")
+    for image_id, file in zip(images.ids, images.files):
+        with Image.open(file) as image:
+            thumbnail = image.convert("RGB")
+        thumbnail.thumbnail((MAX_SIDE, MAX_SIDE))
+        thumbnail.save(folder / "pictures" / f"{image_id}.webp", quality=80, method=6)
     with replacing(folder / "explorer.json") as partial:
         partial.write_text(json.dumps(data, ensure_ascii=False, separators=(",", ":")) + "\n", encoding="utf-8")
     sizes = {"explorer.json": [folder / "explorer.json"], "pictures": sorted((folder / "pictures").glob("*.webp"))}
@@ -138,26 +143,32 @@ def write_explorer(
     return pd.DataFrame(rows, columns=["part", "files", "bytes"])
 
 
-def _entry(image_id: int, texts: dict, truth: Truth, companions: Mapping[str, str], packed: dict) -> dict:
-    """One picture: its objects, its captions in parts, and the filters it passes for each method."""
+def _entry(image_id: int, texts: dict, truth: Truth, companions: Mapping[str, str], numbers: dict) -> dict:
+    """One image: its objects, its captions in parts, and the filters it passes for each method."""
     there = truth[image_id]
     called = called_for(there, companions)
     own = {m: t[image_id] for m, t in texts.items() if image_id in t}
+    maps = {m: numbers.get((m, image_id), {}) for m in own}
     return {
         "id": image_id,
         "objects": sorted(there),
-        "captions": {m: _parts(t, m, image_id, there, called, truth.family, packed) for m, t in own.items()},
+        "captions": {m: _parts(t, there, called, truth.family, maps[m]) for m, t in own.items()},
         "groups": {m: groups_of(own["base"], t, there, called, truth.family) for m, t in own.items()},
     }
 
 
-def _parts(text, method, image_id, there, called, family, packed) -> list:
-    """A caption as plain texts and object words [word, category, right|wrong|companion, number of its map or -1]."""
-    parts, at = [], 0
+def _parts(
+    text: str, there: frozenset[str], called: frozenset[str], family: str, maps: Mapping[int, int]
+) -> list[str | list]:
+    """A caption as plain texts and object words [word, category, right|wrong|companion, number of its map or -1].
+
+    ``maps``: where a word starts -> the number of its map.
+    """
+    parts: list[str | list] = []
+    at = 0
     for m in mentions(text, family):
         state = "right" if m.category in there else "companion" if m.category in called else "wrong"
-        number = packed.get((method, image_id, m.start), -1)
-        parts += [text[at : m.start], [text[m.start : m.end], m.category, state, number]]
+        parts += [text[at : m.start], [text[m.start : m.end], m.category, state, maps.get(m.start, -1)]]
         at = m.end
     return [p for p in (*parts, text[at:]) if p]
 
@@ -174,15 +185,8 @@ def _packed(row, scale: Mapping[str, float]) -> list:
     return [*(base64.b64encode(b.tobytes()).decode() for b in bytes_), round(float(np.sum(row.attention)), 4)]
 
 
-def _save_picture(source: Path, target: Path) -> None:
-    with Image.open(source) as picture:
-        picture = picture.convert("RGB")
-        picture.thumbnail((MAX_SIDE, MAX_SIDE))
-        picture.save(target, quality=80, method=6)
-
-
 def publish(run: Path, templates: Path, target: Path) -> Path:
-    """The page around a run's data: ``target/index.html`` with style, script and pictures; returns it.
+    """The page around a run's data: ``target/index.html`` with style, script and images; returns it.
 
     The data stand inside the page, so that it works from a file, where a script may read no other. DataError when it
     would be larger than 3 MB.
@@ -196,5 +200,5 @@ def publish(run: Path, templates: Path, target: Path) -> Path:
         shutil.copyfile(templates / name, target / name)
     size = sum(f.stat().st_size for f in target.rglob("*") if f.is_file())
     if size > MAX_BYTES:
-        raise DataError(f"the explorer has {size:,} bytes, more than {MAX_BYTES:,}: show fewer pictures (N_IMAGES)")
+        raise DataError(f"the explorer has {size:,} bytes, more than {MAX_BYTES:,}: show fewer images (N_IMAGES)")
     return target / "index.html"

@@ -1,4 +1,4 @@
-"""One picture and a model at hand: choose an edit and its strength, and read caption, score and maps at once."""
+"""One image and a model at hand: choose an edit and its strength, and read caption, score and maps at once."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class LookSettings:
 
 @dataclass(frozen=True)
 class Look:
-    """``caption`` of one picture; ``words``: its maps, as of :func:`alea_lib.patch_maps`; ``score``: right, wrong,
+    """``caption`` of one image; ``words``: its maps, as of :func:`alea_lib.patch_maps`; ``score``: right, wrong,
     missed (objects) and words (of the caption)."""
 
     caption: str
@@ -51,7 +51,7 @@ def look(
     settings: LookSettings | None = None,
     features: torch.Tensor | None = None,
 ) -> Look:
-    """What a model, edited by ``delta`` if there is one, writes about one picture of the split, and where it looks.
+    """What a model, edited by ``delta`` if there is one, writes about one image of the split, and where it looks.
 
     ``features`` [1,P,D] spare the vision tower where they are known.
     """
@@ -67,76 +67,60 @@ def look(
     return Look(text, words, {**score, "words": int(found["n_words"])})
 
 
-@dataclass(frozen=True)
 class Live:
-    """A board of controls (image, method, layers, strength) and what answers them; ``box`` is what a cell shows."""
-
-    controls: dict[str, ipywidgets.Widget]
-    report: ipywidgets.HTML
-    maps: ipywidgets.Image
-    box: ipywidgets.VBox
-
-
-def live(
-    vlm: VLM, split: Split, truth: Truth, deltas: Mapping[str, Delta | None], settings: LookSettings | None = None
-) -> Live:
     """A board that answers every change of its controls with caption, maps, and a score beside the unedited model's.
 
-    ``deltas``: method -> its edit, None = the base. Needs a kernel: in a finished notebook a figure stands in for it.
-    Works with ipywidgets 7 and 8.
+    ``deltas``: method -> its edit, None = the base. ``box`` is what a cell shows. Needs a kernel: in a finished
+    notebook a figure stands in for it. Works with ipywidgets 7 and 8.
     """
-    first = next(iter(deltas))
-    controls = {
-        "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
-        "method": ipywidgets.Dropdown(options=list(deltas), value=first, description="method"),
-        "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
-        "strength": ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.25, description="strength"),
-    }
-    controls["strength"].continuous_update = False
-    report, maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
-    answer = _Answer(vlm, split, truth, dict(deltas), settings or LookSettings(), controls, report, maps)
-    controls["method"].observe(answer.method_changed, "value")
-    for name in ("image", "layers", "strength"):
-        controls[name].observe(answer.changed, "value")
-    answer.method_changed()
-    return Live(controls, report, maps, ipywidgets.VBox([*controls.values(), report, maps]))
 
-
-@dataclass
-class _Answer:
-    """Reads the controls and fills report and maps; ``busy``: several controls are being set at once."""
-
-    vlm: VLM
-    split: Split
-    truth: Truth
-    deltas: dict[str, Delta | None]
-    settings: LookSettings
-    controls: dict[str, ipywidgets.Widget]
-    report: ipywidgets.HTML
-    maps: ipywidgets.Image
-    busy: bool = False
+    def __init__(
+        self,
+        vlm: VLM,
+        split: Split,
+        truth: Truth,
+        deltas: Mapping[str, Delta | None],
+        settings: LookSettings | None = None,
+    ):
+        self.vlm, self.split, self.truth, self.deltas = vlm, split, truth, deltas
+        self.settings = settings or LookSettings()
+        self.controls = {
+            "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
+            "method": ipywidgets.Dropdown(options=list(deltas), value=next(iter(deltas)), description="method"),
+            "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
+            "strength": ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.25, description="strength"),
+        }
+        self.controls["strength"].continuous_update = False
+        self.report, self.maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
+        self.box = ipywidgets.VBox([*self.controls.values(), self.report, self.maps])
+        self._busy = False  # several controls are being set at once
+        self.controls["method"].observe(self.method_changed, "value")
+        for name in ("image", "layers", "strength"):
+            self.controls[name].observe(self.changed, "value")
+        self.method_changed()
 
     def method_changed(self, _=None) -> None:
         """Another edit has other layers: all of them are chosen at first."""
         delta, chosen = self.deltas[self.controls["method"].value], self.controls["layers"]
-        self.busy = True
+        self._busy = True
         try:
             chosen.options = list(edited_layers(self.vlm, delta)) if delta else []
             chosen.value = tuple(chosen.options)
         finally:
-            self.busy = False
+            self._busy = False
         self.changed()
 
     def changed(self, _=None) -> None:
-        if self.busy:
+        """Fill report and maps by the controls."""
+        if self._busy:
             return
         image_id = self.controls["image"].value
         one = self.split.find([image_id])
         features = self.vlm.features(one.files)
-        shown = [look(self.vlm, one, self.truth, image_id, d, self.settings, features) for d in (None, self._delta())]
-        self.report.value = _report(shown, self.controls["method"].value, self.truth[image_id])
-        with Image.open(one.files[0]) as picture:
-            self.maps.value = _png(picture.convert("RGB"), shown[1].words)
+        looks = [look(self.vlm, one, self.truth, image_id, d, self.settings, features) for d in (None, self._delta())]
+        self.report.value = _report(looks, self.controls["method"].value, self.truth[image_id])
+        with Image.open(one.files[0]) as image:
+            self.maps.value = _png(image.convert("RGB"), looks[1].words)
 
     def _delta(self) -> Delta | None:
         """The chosen layers' share of the chosen edit."""
@@ -148,23 +132,26 @@ class _Answer:
         return scaled(delta, self.controls["strength"].value, names)
 
 
-def _report(shown: list[Look], method: str, there: frozenset[str]) -> str:
+live = Live  # the name that notebooks use
+
+
+def _report(looks: list[Look], method: str, there: frozenset[str]) -> str:
     """Two captions, wrong objects in [CAPITALS AND BRACKETS], above their scores and the difference."""
-    texts = [html.escape(mark(s.caption, there)) for s in shown]
-    scores = pd.DataFrame([s.score for s in shown], index=["base", method])
+    scores = pd.DataFrame([each.score for each in looks], index=["base", method])
     scores.loc["difference"] = scores.iloc[1] - scores.iloc[0]
-    told = "".join(f"<p><b>{html.escape(n)}</b>: {t}</p>" for n, t in zip(scores.index, texts))
-    return told + scores.to_html()
+    texts = (html.escape(mark(each.caption, there)) for each in looks)
+    captions = "".join(f"<p><b>{html.escape(n)}</b>: {t}</p>" for n, t in zip(scores.index, texts))
+    return captions + scores.to_html()
 
 
-def _png(picture: Image.Image, words: pd.DataFrame) -> bytes:
-    """The maps of a caption's first five words; the picture alone where it names no object."""
+def _png(image: Image.Image, words: pd.DataFrame) -> bytes:
+    """The maps of a caption's first five words; the image alone where it names no object."""
     file = io.BytesIO()
     if words.empty:
-        picture.save(file, "png")
+        image.save(file, "png")
         return file.getvalue()
     few = words.head(5)
-    figure = word_maps([picture] * len(few), few.assign(label=few["category"]))
+    figure = word_maps([image] * len(few), few.assign(label=few["category"]))
     figure.savefig(file, format="png", dpi=80)
     plt.close(figure)
     return file.getvalue()

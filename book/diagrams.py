@@ -1,7 +1,7 @@
 """Draw the book's diagrams: `python book/diagrams.py` writes book/images/*.svg, the same bytes each time.
 
 Diagrams explain; they show no result. Colours are colour-blind safe, and each meaning is also a word, a
-pattern or a line style, so that the pictures can be read in grey. Text is stored as paths, so it looks the
+pattern or a line style, so that the diagrams can be read in grey. Text is stored as paths, so it looks the
 same everywhere.
 """
 
@@ -20,7 +20,7 @@ PLAIN, SEE, WRONG, RIGHT, OURS = "#f2f2f2", "#d6e9f8", "#fbe0cc", "#d3efe4", "#f
 BLUE, ORANGE, GREEN = "#0072B2", "#C44E00", "#00795A"
 
 
-ADVERSARY = "adversary: tune a soft prefix until\nthe negative answer is likely\nand the picture is neglected"
+ADVERSARY = "adversary: tune a soft prefix until\nthe negative answer is likely\nand the image is neglected"
 DEFENCE = (
     "defence: change the located\ndown-projections so that the positive\n"
     "answer wins all the same; a KL term\nholds clean prompts"
@@ -129,7 +129,7 @@ def method() -> None:
     for head, x, w in zip(heads, lefts, widths, strict=True):
         box(ax, x, 0.12, w, 4.26, fill="white", edge=LINE)
         note(ax, x + w / 2, 4.12, head, size=12, colour=INK, ha="center", bold=True)
-    box(ax, 0.3, 3.2, 1.8, 0.62, "picture")
+    box(ax, 0.3, 3.2, 1.8, 0.62, "image")
     box(ax, 0.3, 2.05, 1.8, 0.78, "model speculates:\nnegative answer", fill=WRONG, marked=True, size=9.5)
     box(ax, 0.3, 1.02, 1.8, 0.78, "careful, checked:\npositive answer", fill=RIGHT)
     note(ax, 1.2, 0.56, "a detector says what\nis really there", ha="center")
@@ -175,7 +175,7 @@ def method() -> None:
 def model() -> None:
     """The parts of the model, and the few matrices that an edit changes."""
     ax = canvas(10.4, 4.4)
-    box(ax, 0.1, 3.05, 0.95, 0.9, "picture")
+    box(ax, 0.1, 3.05, 0.95, 0.9, "image")
     box(ax, 1.3, 3.05, 1.3, 0.9, "vision tower\n(CLIP)")
     box(ax, 2.85, 3.05, 1.15, 0.9, "projector")
     box(ax, 2.45, 1.75, 1.55, 0.9, "question and\nanswer so far")
@@ -237,15 +237,15 @@ def flow() -> None:
     w, h = 1.7, 0.92
     columns = (0.1, 2.22, 4.34, 6.46, 8.58)
     stages = (  # column, bottom, name, what it writes
-        (0, 4.2, "01_world", "pictures and\nCOCO-format files"),
+        (0, 4.2, "01_world", "images and\nCOCO-format files"),
         (1, 4.2, "02_activate", "pairs"),
         (2, 4.2, "03, 04: locate", "layers and heads,\nand how well found"),
         (3, 4.2, "05: adversary, edit", "prefixes, deltas"),
         (4, 4.2, "06_measure", "captions, answers,\nscores"),
         (0, 2.75, "01_models", "figures of the\nmodel cards"),
-        (2, 2.75, "07, 08", "rivals; what each\nchoice does"),
+        (2, 2.75, "07, 08", "baselines; what each\nchoice does"),
         (3, 2.75, "10_robustness", "fresh attacks on\nevery edit"),
-        (4, 2.75, "06_explore", "pictures, captions\nand maps"),
+        (4, 2.75, "06_explore", "images, captions\nand maps"),
         (0, 0.1, "09, 10_seeds, 11", "families, seeds,\ncost"),
         (2, 0.1, "04_verdict, 06, 12", "verdicts and\ncomparisons"),
     )
@@ -371,7 +371,7 @@ def frontier() -> None:
     ax.plot(4.0, 1.85, "s", color=GREY, markersize=10, zorder=4)
     note(ax, 4.12, 1.62, "A: only says less", colour=GREY, bold=True)
     ax.plot(5.65, 1.35, "P", color=GREEN, markersize=12, zorder=4)
-    note(ax, 5.45, 1.08, "B: better than cutting", colour=GREEN, ha="center", bold=True)
+    note(ax, 5.45, 1.08, "B: better than truncation", colour=GREEN, ha="center", bold=True)
     ax.plot([5.65, 5.65], [1.5, 3.42], color=GREEN, linestyle="--", linewidth=1.5)
     note(ax, 5.78, 2.35, "gap to the\nfrontier", colour=GREEN, bold=True)
     save(ax, "frontier-idea")

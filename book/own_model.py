@@ -3,7 +3,7 @@
     python book/own_model.py --model FOLDER_OR_HUB_NAME --world data/coco --images 20
 
 Prints the seconds of each step (they grow in proportion to --images), then each method minus the unedited model,
-paired by picture, with 95 % intervals, and its gap to the truncation frontier.
+paired by image, with 95 % intervals, and its gap to the truncation frontier.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of data/models, a path, or a hub name")
     parser.add_argument("--world", required=True, help="a folder in COCO's formats, as `alea_lib.worlds` writes them")
-    parser.add_argument("--images", type=int, default=20, help="pictures of each split")
+    parser.add_argument("--images", type=int, default=20, help="images of each split")
     parser.add_argument(
         "--locator", default="gradient", help="a layer locator by name; see the verdict on the locators"
     )
@@ -71,34 +71,34 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     pairs = activate(vlm, vlm.features(learn.files), learn.ids, [f.name for f in learn.files], supported, settings)
     clock(f"activate: {len(pairs)} pairs")
 
-    seen = vlm.features(learn.find(pairs["image_id"].tolist()).files)
-    scores = locate_layers(vlm, seen, pairs, [o.locator]).scores
+    features = vlm.features(learn.find(pairs["image_id"].tolist()).files)
+    scores = locate_layers(vlm, features, pairs, [o.locator]).scores
     layers = tuple(choose_layers(scores, o.layers, "mean"))
     clock(f"locate: layers {layers}")
 
     wrong, right = pairs["negative"].tolist(), pairs["positive"].tolist()
-    prefix, _ = fit_prefix(vlm, seen, wrong, adversary("contrast", steps=o.steps), right)
+    prefix, _ = fit_prefix(vlm, features, wrong, adversary("contrast", steps=o.steps), right)
     clock("adversary")
     deltas = {"base": None}
     for method in ("no-prefix", "alea-mixed"):
-        deltas[method], _ = fit_edit(vlm, seen, right, prefix, preset(method, layers=layers))
+        deltas[method], _ = fit_edit(vlm, features, right, prefix, preset(method, layers=layers))
         clock(f"edit: {method}")
 
-    truth, pictures, told = read_truth(test.instances, test.captions), vlm.features(test.files), {}
+    truth, test_features, texts = read_truth(test.instances, test.captions), vlm.features(test.files), {}
     for method, delta in deltas.items():
         with applied(vlm, delta):
-            told[method] = captions(vlm, test, pictures, "plain", o.max_new_tokens)
+            texts[method] = captions(vlm, test, test_features, "plain", o.max_new_tokens)
         clock(f"captions: {method}")
-    return report(told, truth, clock)
+    return report(texts, truth, clock)
 
 
-def report(told: dict[str, pd.DataFrame], truth, clock: Clock) -> pd.DataFrame:
+def report(texts: dict[str, pd.DataFrame], truth, clock: Clock) -> pd.DataFrame:
     print(pd.Series(clock.seconds, name="seconds").to_string(), end="\n\n")
-    items = {method: chair(table, truth).items for method, table in told.items()}
+    items = {method: chair(table, truth).items for method, table in texts.items()}
     rows = []
-    for method in [m for m in told if m != "base"]:
+    for method in [m for m in texts if m != "base"]:
         change = paired_difference(items[method], items["base"])
-        gap = frontier_gap(told["base"], told[method], truth)
+        gap = frontier_gap(texts["base"], texts[method], truth)
         gap = pd.DataFrame([{"metric": "frontier_gap", **{k: gap[k] for k in ("value", "lo", "hi")}}])
         shown = pd.concat([change[change["metric"].isin(["chair_s", "recall", "words"])], gap])
         rows.append(shown.assign(method=method))

@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from mutant_source import plant
+
 HERE = Path(__file__).resolve().parent
 # imported once, by the server that the workers are forked from
 HEAVY = [
@@ -16,15 +18,8 @@ HEAVY = [
 ]  # fmt: skip
 
 
-def source(repository: Path, file: str) -> Path:
-    """The file of a mutant: in the library, or in ``tests/`` if its name begins with it."""
-    return repository / file if file.startswith("tests/") else repository / "alea_lib" / file
-
-
-def run(
-    folder: str, repository: str, tests: list[str], file: str = "", find: str = "", replace: str = ""
-) -> tuple[int, str]:
-    """Copy library and tests to ``folder``, put ``replace`` for ``find``, run the tests.
+def run(folder: str, repository: str, tests: list[str], change: tuple[str, str, str] | None = None) -> tuple[int, str]:
+    """Copy library and tests to ``folder``, plant the change (where, find, replace), run the tests.
 
     Returns the exit code and what was printed.
     """
@@ -33,9 +28,8 @@ def run(
     shutil.copytree(HERE.parent / "alea_lib", place / "alea_lib", ignore=leave_out)
     shutil.copytree(HERE, place / "tests", ignore=leave_out)
     shutil.copyfile(HERE.parent / "pyproject.toml", place / "pyproject.toml")
-    if file:
-        path = source(place, file)
-        path.write_text(path.read_text(encoding="utf-8").replace(find, replace), encoding="utf-8")
+    if change:
+        plant(place / "alea_lib", *change)
     return _pytest(place, repository, tests)
 
 

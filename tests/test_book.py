@@ -44,7 +44,7 @@ def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15), attacks=True) -
 
 def test_three_sentences_say_what_the_table_says():
     one, two, three = summary(metrics()).strip().split("\n\n")
-    assert "Of 1000 test pictures" in one and "45.0% (42.0% to 48.0%)" in one and "2.0% (1.0% to 3.0%)" in one
+    assert "Of 1000 test images" in one and "45.0% (42.0% to 48.0%)" in one and "2.0% (1.0% to 3.0%)" in one
     assert "+0.1 points (-0.7 to +0.9)" in one
     assert "5.0% (4.0% to 6.0%)" in two and two.endswith("the adversary is shown to help.")
     assert "50.0% (40.0% to 60.0%)" in three and "10.0% (5.0% to 15.0%)" in three
@@ -53,7 +53,7 @@ def test_three_sentences_say_what_the_table_says():
 
 @pytest.mark.parametrize(
     ("corrected", "said"),
-    [((0.05, 0.035, 0.07), "is not shown to help"), ((0.2, 0.1, 0.3), "makes it worse")],
+    [((0.05, 0.035, 0.07), "makes no significant difference"), ((0.2, 0.1, 0.3), "makes it worse")],
 )
 def test_the_sentences_do_not_say_more_than_the_intervals(corrected, said):
     _, two, three = summary(metrics(corrected, hit=corrected)).strip().split("\n\n")

@@ -237,7 +237,7 @@ def test_wrong_words_are_marked_by_sign_line_and_text(explorer, data):
     caption = page.locator("#captions [data-method=edit]")
     wrong = caption.locator(".wrong")
     assert wrong.count() == 1 and "toaster" in wrong.text_content()
-    assert "✗" in wrong.text_content() and "not in the picture" in wrong.text_content()
+    assert "✗" in wrong.text_content() and "not in the image" in wrong.text_content()
     assert wrong.evaluate("e => getComputedStyle(e).textDecorationStyle") == "wavy"
     assert caption.locator(".right").count() == len(image["objects"])
     image = next(i for i in data["images"] if "better" in i["groups"]["edit"])

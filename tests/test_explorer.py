@@ -135,7 +135,7 @@ def test_the_page_holds_its_data_and_nothing_breaks_out(written, tmp_path):
 
 def test_a_page_that_is_too_large_is_refused(written, tmp_path, monkeypatch):
     monkeypatch.setattr("alea_lib.explorer.MAX_BYTES", 1000)
-    with pytest.raises(DataError, match="fewer pictures"):
+    with pytest.raises(DataError, match="fewer images"):
         publish(written[0], root() / "book" / "explorer", tmp_path / "html")
 
 

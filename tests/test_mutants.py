@@ -4,16 +4,19 @@ Each runs in a process of its own on a copy of the library, two at a time in the
 waits for its own mutant alone.
 """
 
+import ast
 import multiprocessing
 from pathlib import Path
 
 import mutant_worker
 import pytest
 import yaml
+from mutant_source import MutantError, mutated, parse_pair, resolve
 
 from alea_lib.runs import root
 
 HERE = Path(__file__).parent
+LIBRARY = HERE.parent / "alea_lib"
 MUTANTS = yaml.safe_load((HERE / "mutants.yaml").read_text(encoding="utf-8"))
 NAMES = [m["name"] for m in MUTANTS]
 CONTROL = "control"
@@ -30,27 +33,106 @@ def runs(request, tmp_path_factory):
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     context.set_forkserver_preload(mutant_worker.HEAVY)
     with context.Pool(2, maxtasksperchild=1) as pool:
-        everything = sorted({m["test"] for m in MUTANTS})
+        everything = sorted({located(m["test"]) for m in MUTANTS})
         found = {CONTROL: pool.apply_async(mutant_worker.run, (str(folder / CONTROL), repository, everything))}
         for number, m in enumerate(MUTANTS):
             if m["name"] in wanted:
-                job = (str(folder / str(number)), repository, [m["test"]], m["file"], m["find"], m["replace"])
+                change = (m["where"], m["find"], m["replace"])
+                job = (str(folder / str(number)), repository, [located(m["test"])], change)
                 found[m["name"]] = pool.apply_async(mutant_worker.run, job)
         yield found
 
 
+def located(test: str) -> str:
+    """file::function of an entry as path::function below tests; the file may lie in any folder there."""
+    name, function = test.split("::")
+    paths = list(HERE.rglob(name))
+    assert len(paths) == 1, f"tests has {len(paths)} files {name}, expected one"
+    assert f"def {function}(" in paths[0].read_text(encoding="utf-8"), f"{name} has no {function}"
+    return f"{paths[0].relative_to(HERE)}::{function}"
+
+
 def test_list_of_mutants():
     assert len(MUTANTS) >= 14 and len(set(NAMES)) == len(MUTANTS)
+    wrong = []
     for mutant in MUTANTS:
-        assert set(mutant) == {"name", "why", "file", "find", "replace", "test"}
-        source = mutant_worker.source(HERE.parent, mutant["file"]).read_text(encoding="utf-8")
-        assert source.count(mutant["find"]) == 1, f"{mutant['name']}: mend `find` in tests/mutants.yaml"
-        assert mutant["find"] != mutant["replace"]
-        file, test = mutant["test"].split("::")
-        assert f"def {test}(" in (HERE / file).read_text(encoding="utf-8")
+        assert set(mutant) == {"name", "why", "where", "find", "replace", "test"}
+        try:
+            path, source = mutated(LIBRARY, mutant["where"], mutant["find"], mutant["replace"])
+        except MutantError as error:
+            wrong.append(f"{mutant['name']}: {error}")
+            continue
+        assert source != ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) + "\n", f"{mutant['name']}: no change"
+        located(mutant["test"])
+    assert not wrong, "mend tests/mutants.yaml\n" + "\n".join(wrong)
+
+
+SOURCE = '''
+def f(x, y):
+    """Doc."""
+    if x and y:  # a comment
+        g(x, sign="+", scale=y)
+    total = {"a": x, "b": y}
+    scale = y
+    return [k for k in total
+            if k != 'a']
+
+
+class C:
+    def f(self):
+        return f(1, 2)
+'''
+
+
+@pytest.fixture
+def package(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "old.py").write_text(SOURCE)
+    (tmp_path / "other.py").write_text("def f():\n    return 1\n\n\ndef h():\n    return 1 + 1\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("find", "replace", "line"),
+    [
+        ("x   and y", "x or y", "    if x or y:"),  # an expression
+        ("scale=y", "scale=x", "        g(x, sign='+', scale=x)"),  # a keyword argument is no assignment
+        ("scale = y", "scale = x", "    scale = x"),
+        ('"b": y', "'b': x", "    total = {'a': x, 'b': x}"),  # one item of a dict
+        ('g(x,\n  sign="+", scale=y)', "pass", "        pass"),  # a statement
+        ('[k for k in total if k != "a"]', "[]", "    return []"),  # quotes and line breaks do not matter
+    ],
+)
+def test_a_fault_is_planted_by_its_tree(package, find, replace, line):
+    path, source = mutated(package, "deep.old.f", find, replace)
+    assert path == package / "deep" / "old.py"
+    changed = set(source.splitlines()) - set(ast.unparse(ast.parse(SOURCE)).splitlines())
+    assert changed == {line}
+
+
+@pytest.mark.parametrize("find, count", [("x", 3), ("x or y", 0), ("f(1, 2)", 0)])
+def test_a_fault_has_one_place(package, find, count):
+    with pytest.raises(MutantError, match=f"deep.old.f has {count} of"):
+        mutated(package, "deep.old.f", find, "0")
+
+
+def test_a_function_is_found_where_it_has_moved(package):
+    assert resolve(package, "gone.old.C.f") == (package / "deep" / "old.py", "C.f")
+    assert resolve(package, "C.f") == (package / "deep" / "old.py", "C.f")
+    assert resolve(package, "gone.h") == (package / "other.py", "h")
+    with pytest.raises(MutantError, match="gone.f is in deep/old.py, other.py: name its module"):
+        resolve(package, "gone.f")
+    with pytest.raises(MutantError, match="has no gone.k"):
+        resolve(package, "gone.k")
+
+
+def test_the_two_sides_of_a_fault_are_of_a_kind():
+    with pytest.raises(MutantError, match="not both"):
+        parse_pair("x = 1", "if x:")
 
 
 @pytest.mark.slow
+@pytest.mark.mutants
 def test_the_library_as_it_is_passes(runs):
     """Otherwise a mutant might be killed by something else."""
     code, printed = runs[CONTROL].get(PATIENCE)
@@ -58,6 +140,7 @@ def test_the_library_as_it_is_passes(runs):
 
 
 @pytest.mark.slow
+@pytest.mark.mutants
 @pytest.mark.parametrize("name", NAMES)
 def test_mutant_is_noticed(runs, name):
     code, printed = runs[name].get(PATIENCE)

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import alea_lib
 from alea_lib.runs.book import toc_files
 from alea_lib.runs.guard import long_cells
 from alea_lib.runs.imports import code_cells, parameters
@@ -51,6 +52,13 @@ def test_every_requirement_is_tested_at_a_version_it_admits():
         assert name in pins, f"constraints.txt has no line for {name}"
         assert requirement.specifier.contains(pins[name]), f"{requirement} does not admit the tested {pins[name]}"
     assert pins["torch"] == "2.13.0", "no +cpu or +cu here: macOS and Colab have no such builds"
+
+
+def test_the_version_is_that_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert alea_lib.__version__ == project["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+    assert f"[{project['version']}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_every_requirement_has_a_cap():

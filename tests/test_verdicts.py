@@ -3,23 +3,21 @@
 import pandas as pd
 import pytest
 
+from alea_lib import verdicts
+from alea_lib.comparison import frontier_line, frontier_points, headline, one, side_by_side
+from alea_lib.labels import ADVERSARY
 from alea_lib.verdicts import (
-    ADVERSARY,
     CLAIMS,
     KEPT,
     UNTESTED,
+    Verdict,
     adversary,
     claims,
     finding,
-    frontier_line,
-    frontier_points,
-    headline,
     kept,
-    one,
     recipe_sentence,
     robust_recipes,
     robustness_finding,
-    side_by_side,
     verdict,
 )
 
@@ -66,7 +64,7 @@ def row(metric, benchmark, method, value, lo, hi, **more):
 
 
 def all_rows():
-    wanted = {(metric, benchmark, method) for _, _, metric, benchmark, method, _ in (*CLAIMS, *KEPT)}
+    wanted = {(metric, benchmark, m) for _, _, metric, benchmark, _ in (*CLAIMS, *KEPT) for m in ADVERSARY}
     wanted |= {("chair_s_diff", "chair", "no-prefix")}
     attacked = [row("chair_s", "chair", m, 0.3, 0.2, 0.4, condition="attacked") for m in (*ADVERSARY, "no-prefix")]
     return [row(*key, -0.10, -0.20, -0.05) for key in sorted(wanted)] + attacked
@@ -78,7 +76,7 @@ def test_the_adversary_is_judged_against_plain_editing(shift, judged):
     for r in rows:
         if r["method"] == "no-prefix":
             r.update({k: r[k] + shift for k in ("value", "lo", "hi")})
-    assert adversary(pd.DataFrame(rows), "alea-mixed")[5] == judged
+    assert adversary(pd.DataFrame(rows), "alea-mixed").verdict == judged
 
 
 @pytest.mark.parametrize("shift, judged", [(0.0, "not shown"), (0.5, "holds"), (-0.5, "does not hold")])
@@ -88,8 +86,8 @@ def test_the_adversary_is_judged_under_attack(shift, judged):
         if r["method"] == "no-prefix" and r["condition"] == "attacked":
             r.update({k: r[k] + shift for k in ("value", "lo", "hi")})
     found = adversary(pd.DataFrame(rows), "alea-mixed", "chair_s", "attacked")
-    assert found[5] == judged and "under a fresh attack" in found[0]
-    assert adversary(pd.DataFrame(rows), "alea-mixed")[5] == "not shown"
+    assert found.verdict == judged and "under a fresh attack" in found.claim
+    assert adversary(pd.DataFrame(rows), "alea-mixed").verdict == "not shown"
 
 
 def trial_record(label, condition, metric, value, against="", half=0.01, model="m"):
@@ -107,14 +105,14 @@ def trial_record(label, condition, metric, value, against="", half=0.01, model="
 def test_the_robustness_finding_by_hand():
     rows = [("no-prefix", "clean", 0.02), ("no-prefix", "attacked", 0.5), ("alea-mixed", "clean", 0.02)]
     table = [trial_record(m, c, "chair_s", v) for m, c, v in [*rows, ("alea-mixed", "attacked", 0.2)]]
-    for half, said in ((0.1, "shown"), (0.4, "not shown")):
+    for half, said in ((0.1, "significantly lower"), (0.4, "no significant difference")):
         change = trial_record("alea-mixed", "attacked", "chair_s", -0.3, "no-prefix", half)
         text = robustness_finding(pd.DataFrame([*table, change]))
         assert "50.0% (49.0% to 51.0%) under a fresh attack" in text and text.strip().endswith(
             f"points), {said}.".replace("points", f"{100 * (half - 0.3):+.1f}")
         )
     other = trial_record("alea-mixed", "attacked", "chair_s", 0.3, "no-prefix")
-    assert robustness_finding(pd.DataFrame([*table, other])).strip().endswith("the other way round.")
+    assert robustness_finding(pd.DataFrame([*table, other])).strip().endswith("significantly higher.")
 
 
 def recipe(clean=0.0, recall=0.0, attacked=-0.3, half=0.01, model="m", label="alea-mixed"):
@@ -146,7 +144,7 @@ def test_the_recipe_must_hold_in_every_base_model():
 
 def test_table_of_claims():
     table = claims(pd.DataFrame(all_rows()))
-    assert len(table) == len(CLAIMS) + len(KEPT) + 2 * len(ADVERSARY) + len(UNTESTED)
+    assert len(table) == len(ADVERSARY) * (len(CLAIMS) + len(KEPT) + 2) + len(UNTESTED)
     assert list(table.columns) == ["claim", "paper", "method", "evidence", "n", "scenes", "coco"]
     found = table.set_index(["claim", "method"])["scenes"]
     assert found["The edit lowers hallucination in captions", "alea-corrected"] == "holds"  # asks for less
@@ -154,6 +152,15 @@ def test_table_of_claims():
     assert found["Recall is kept (loss under 3 points)", "alea-corrected"] == "does not hold"
     assert table["evidence"][0] == "chair_s_diff -0.100 [-0.200, -0.050]" and table["n"][0] == 100
     assert set(table["coco"]) == {"not run: needs a GPU"}
+
+
+def test_a_verdict_is_no_matter_of_wording(monkeypatch):
+    reworded = [(claim, paper, "not under construction", judged) for claim, paper, _, judged in UNTESTED]
+    monkeypatch.setattr(verdicts, "UNTESTED", reworded)
+    found = claims(pd.DataFrame(all_rows())).tail(len(UNTESTED))
+    assert found["scenes"].tolist() == ["holds", "not tested", "not tested"]
+    assert set(found["evidence"]) == {"not under construction"}
+    assert {str(v) for v in Verdict} == {"holds", "not shown", "does not hold", "not tested"}
 
 
 def test_a_verdict_stands_in_the_column_of_its_world():

@@ -1,22 +1,10 @@
 """Tables in, figures out: one style, colour-blind-safe, readable in grey. Nothing here computes a result."""
 
-from .book import finding
-from .common import (
-    METHODS,
-    METRIC_LABELS,
-    cost_plane,
-    counts,
-    curves,
-    frontier_plane,
-    intervals,
-    points,
-    stack,
-    style,
-    widths,
-)
-from .evidence import word_maps
-from .pictures import companion_graph, gallery, glyph_sheet, mark, training
+from ..labels import METHODS, METRIC_LABELS
+from .common import counts, curves, intervals, stack, style, widths
+from .images import companion_graph, gallery, glyph_sheet, mark, training, word_maps
 from .places import agreement_map, confusion, cost_quality, head_maps, layer_curves
+from .planes import cost_plane, finding, frontier_plane, points
 
 __all__ = [
     "METHODS", "METRIC_LABELS", "agreement_map", "companion_graph", "confusion", "cost_plane", "cost_quality", "counts",

@@ -12,18 +12,19 @@ from matplotlib.figure import Figure
 
 from .common import headed, panels
 
+CELLS = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}, "cbar": False}  # of a heat map with its values
 
-def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str, columns: int = 4) -> Figure:
+
+def layer_curves(scores: pd.DataFrame, chosen: list[int], title: str) -> Figure:
     """Mean score of each locator over the layers with a 95 % band, each scaled to its own largest absolute mean."""
     names = list(dict.fromkeys(scores["locator"]))
-    figure, axes = panels(len(names), columns, 2.7, 2.2, sharex=True)
+    figure, axes = panels(len(names), 4, 2.7, 2.2, sharex=True)
     for axis, name in zip(axes, names):
         part = scores[scores["locator"] == name]
         largest = part.groupby("layer")["score"].mean().abs().max() or 1
         part = part.assign(score=part["score"] / largest)
-        sns.lineplot(
-            part, x="layer", y="score", errorbar=("ci", 95), n_boot=300, seed=0, marker="o", ax=axis, color="#0072B2"
-        )
+        band = {"errorbar": ("ci", 95), "n_boot": 300, "seed": 0}
+        sns.lineplot(part, x="layer", y="score", marker="o", ax=axis, color="#0072B2", **band)
         axis.set(xlabel="layer", ylabel="")
         axis.set_title(name, fontsize=10)
         axis.set_xticks(sorted(part["layer"].unique()))
@@ -64,8 +65,7 @@ def agreement_map(taus: pd.DataFrame, title: str) -> Figure:
     gaps = np.diff(np.append(angles[order], angles[order[0]] + 2 * np.pi))
     order = np.roll(order, -int(gaps.argmax()) - 1)
     figure, axis = plt.subplots(figsize=(0.5 * len(table) + 2, 0.45 * len(table) + 1.4))
-    options = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}, "cbar": False}
-    sns.heatmap(table.iloc[order, order], cmap="vlag", vmin=-1, vmax=1, ax=axis, **options)
+    sns.heatmap(table.iloc[order, order], cmap="vlag", vmin=-1, vmax=1, ax=axis, **CELLS)
     axis.set(xlabel="", ylabel="")
     axis.tick_params(labelsize=8)
     return headed(figure, title)
@@ -81,8 +81,7 @@ def confusion(named: pd.DataFrame, locators: Sequence[str], title: str) -> Figur
         table = mine.pivot_table(index="true", columns="named", values="share", aggfunc="sum")
         table = table.reindex(index=layers, columns=layers).fillna(0.0)
         table = table.div(table.sum(axis=1).where(lambda n: n > 0, 1), axis=0)
-        options = {"annot": True, "fmt": ".1f", "annot_kws": {"size": 7}, "cbar": False}
-        sns.heatmap(table, cmap="cividis", vmin=0, vmax=1, ax=axis, **options)
+        sns.heatmap(table, cmap="cividis", vmin=0, vmax=1, ax=axis, **CELLS)
         axis.set(xlabel="named", ylabel="implanted")
         axis.set_title(name, fontsize=10)
     return headed(figure, title)

@@ -6,7 +6,7 @@
   const at = (id) => document.getElementById(id);
   const byId = new Map(data.images.map((image) => [String(image.id), image]));
   const methods = data.methods.filter((m) => m !== "base");
-  const filters = { all: "all pictures", ...data.groups };
+  const filters = { all: "all images", ...data.groups };
   const kinds = ["effect", "attention", "none"];
   const drawn = {};  // what the page shows now
 
@@ -42,13 +42,13 @@
     draw();  // at once; the event that follows finds nothing left to do
   }
 
-  // ---- pictures
+  // ---- images
   function drawGrid(state) {
     const shown = passing(state.filter, state.method);
     at("count").textContent = `${shown.length} of ${data.images.length}: ${filters[state.filter]}`;
     at("grid").replaceChildren(...shown.map((image) => element("li",
       { role: "option", tabindex: "-1", "data-id": image.id, "aria-selected": "false" },
-      element("img", { src: `pictures/${image.id}.webp`, loading: "lazy", alt: `Picture ${image.id}: ${image.objects.join(", ")}` }))));
+      element("img", { src: `pictures/${image.id}.webp`, loading: "lazy", alt: `Image ${image.id}: ${image.objects.join(", ")}` }))));
   }
 
   function options() { return [...at("grid").children]; }
@@ -92,7 +92,7 @@
   });
 
   // ---- captions
-  const told = { right: "in the picture", wrong: "not in the picture", companion: "not in the picture, a planted companion" };
+  const meaning = { right: "in the image", wrong: "not in the image", companion: "not in the image, a planted companion" };
   const signs = { right: "", wrong: "✗", companion: "✗*" };
 
   function word(part, name) {
@@ -101,7 +101,7 @@
     const active = map >= 0;
     const made = element(active ? "button" : "span", active ? { class: classes, type: "button", tabindex: "-1", "data-word": name } : { class: classes });
     if (signs[state]) made.append(element("span", { class: "sign", "aria-hidden": "true" }, signs[state]));
-    made.append(text, element("span", { class: "hidden" }, ` (${told[state]})`));
+    made.append(text, element("span", { class: "hidden" }, ` (${meaning[state]})`));
     return made;
   }
 
@@ -116,9 +116,9 @@
 
   function drawDetail(state) {
     const image = byId.get(state.image);
-    at("detail-title").textContent = `Picture ${image.id}: ${image.objects.join(", ")}`;
+    at("detail-title").textContent = `Image ${image.id}: ${image.objects.join(", ")}`;
     at("image").src = `pictures/${image.id}.webp`;
-    at("image").alt = `Test picture with ${image.objects.join(", ")}`;
+    at("image").alt = `Test image with ${image.objects.join(", ")}`;
     const here = ["base", state.method].filter((m) => image.captions[m]);
     at("captions").replaceChildren(...here.map((m) => caption(image, m, "h3")));
     const others = data.methods.filter((m) => !here.includes(m) && image.captions[m]);
@@ -176,9 +176,9 @@
     const look = values(found, "attention");
     const most = effect.indexOf(Math.max(...effect)), eye = look.indexOf(Math.max(...look));
     const { block } = data.settings;
-    return `“${found.text}” in the caption of ${found.method}, ${told[found.state]}: it loses most, `
+    return `“${found.text}” in the caption of ${found.method}, ${meaning[found.state]}: it loses most, `
       + `${effect[most].toFixed(1)} nats, when the ${block} × ${block} patches around ${place(most)} are grey. `
-      + `${Math.round(100 * found.map[2])} % of attention lies on the picture, most at ${place(eye)}.`;
+      + `${Math.round(100 * found.map[2])} % of attention lies on the image, most at ${place(eye)}.`;
   }
 
   function drawLegend(state) {
