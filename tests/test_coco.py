@@ -450,6 +450,18 @@ def test_a_failure_stops_the_others(server, tmp_path):
     assert set(Lock(tmp_path / "w").entries) == {p.name for p in (tmp_path / "w").glob("*.bin")}
 
 
+def test_a_damaged_file_is_not_noted_when_another_fails(server, tmp_path):
+    items = [Item("0.jpg", f"{server.url}/0"), Item("1.jpg", f"{server.url}/1")]
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "1.jpg").write_bytes(jpeg(1)[:-40])
+    server.files["/1"] = jpeg(1)
+    server.faults["/0"] = [lambda h: time.sleep(0.2) or h.send_error(404)]
+    with pytest.raises(FetchError, match="/0: 404"):
+        fetch(items, Lock(tmp_path / "w"), replace(QUICK, workers=1))
+    entries = Lock(tmp_path / "w").entries
+    assert "1.jpg" not in entries or (tmp_path / "w" / "1.jpg").read_bytes() == jpeg(1)
+
+
 # ---- what is in the files
 
 

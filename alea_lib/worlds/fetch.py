@@ -180,6 +180,8 @@ def fetch(items: list[Item], lock: Lock, settings: FetchSettings = DEFAULT, titl
     or does not come; DiskFullError. Finished files stay, and are noted in the lock.
     """
     todo = missing(items, lock)
+    for item in todo:
+        (lock.folder / item.path).unlink(missing_ok=True)  # a damaged file must not be noted below
     source = pooch.Pooch(
         path=lock.folder,
         base_url="",
@@ -204,7 +206,6 @@ def fetch(items: list[Item], lock: Lock, settings: FetchSettings = DEFAULT, titl
 
 def _download(source: pooch.Pooch, item: Item, place: Path, settings: FetchSettings, bar: bool) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
-    place.unlink(missing_ok=True)  # a damaged file
     try:
         source.fetch(item.path, downloader=_Download(item, place, settings.timeout, bar))
     except ValueError as error:
