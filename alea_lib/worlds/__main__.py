@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what came is kept: call again to go on", file=sys.stderr)
+        print("stopped; finished files are kept: call again to go on", file=sys.stderr)
         return 130
 
 

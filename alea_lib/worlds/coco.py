@@ -286,7 +286,7 @@ def _read_source(path: Path) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON object; empty when there is no such file or it is damaged (it is then made anew)."""
+    """A JSON object; empty when there is no such file or it is damaged (it is then made again)."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

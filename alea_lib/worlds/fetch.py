@@ -52,7 +52,7 @@ DEFAULT = FetchSettings()
 class Item:
     """One file: its place in the folder, its address, its sum and size where they are published ("" and None if not).
 
-    ``about``: bytes to reckon with where the size is unknown. JPEGs must open and decode to their end.
+    ``about``: bytes to expect where the size is unknown. JPEGs must open and decode to their end.
     """
 
     path: str

@@ -162,7 +162,7 @@ class World:
 
     @property
     def planted(self) -> bool:
-        """Whether the pictures were composed here, with a prior planted in captions for training."""
+        """Whether the images were composed here, with a prior planted in captions for training."""
         return (self.folder / "training").is_dir()
 
     def has(self, benchmark: str) -> bool:

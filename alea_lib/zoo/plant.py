@@ -71,14 +71,14 @@ class Bench:
         if not path.is_file():
             save_file({"train": self.vlm.features([compose(sample("train", i))[0] for i in range(scenes)])}, path)
         self.features = load_file(path)["train"]
-        seen = self.vlm.features(split.files)
-        self.seen = {"measured": seen[:measured], "searched": seen[measured:]}
+        features = self.vlm.features(split.files)
+        self.image_features = {"measured": features[:measured], "searched": features[measured:]}
 
     def score(self, which: str = "searched", delta: Delta | None = None) -> pd.DataFrame:
         """METRICS of captions under the plain prompt: value, lo, hi, n by metric."""
         split = getattr(self, which)
         with applied(self.vlm, delta):
-            written = captions(self.vlm, split, self.seen[which], max_new_tokens=80)
+            written = captions(self.vlm, split, self.image_features[which], max_new_tokens=80)
         found = summarise(chair(written, self.truth).items).set_index("metric")
         return found.loc[list(METRICS)]
 
