@@ -10,8 +10,7 @@ from pathlib import Path
 from ..runs.places import RunError, root
 from ..tables import DataError
 from .coco import EDITIONS, PARTS, Catalogue, check_coco, fetch_coco, load_catalogue, needed
-from .download import FetchSettings
-from .fetch import DEFAULT, Lock, gib
+from .fetch import DEFAULT, FetchSettings, Lock, gib
 
 MIRROR = "ALEA_COCO_MIRROR"
 
@@ -28,7 +27,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--catalogue", help="what there is to download (default: data/coco.yaml)")
     one.add_argument("--workers", type=int, default=DEFAULT.workers, help="downloads at a time")
     one.add_argument("--timeout", type=float, default=DEFAULT.timeout, help="seconds a server may stay silent")
-    one.add_argument("--tries", type=int, default=DEFAULT.tries, help="attempts at a file that bring nothing")
+    one.add_argument("--tries", type=int, default=DEFAULT.tries, help="attempts at a file")
     one.add_argument("--list", action="store_true", help="say what would be downloaded, and stop")
     one.add_argument("--check", action="store_true", help="verify what is there, and stop")
     return parser.parse_args(argv)
@@ -44,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what came is kept: call again to go on", file=sys.stderr)
+        print("stopped; finished files are kept: call again to go on", file=sys.stderr)
         return 130
 
 

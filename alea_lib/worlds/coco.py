@@ -26,8 +26,7 @@ from ..measures.pope import read_pope
 from ..measures.pope_make import SETTINGS
 from ..runs.places import read_yaml, root
 from ..tables import DataError, replacing
-from .download import FetchError, Item, file_sha256
-from .fetch import DEFAULT, FetchSettings, Lock, alone, fetch, missing, require_space
+from .fetch import DEFAULT, FetchError, FetchSettings, Item, Lock, alone, fetch, missing, require_space
 from .write import World
 
 PARTS = {  # what can be chosen, and what it is for; annotations and questions always come along
@@ -59,7 +58,7 @@ class Catalogue:
         """The zip of the annotations."""
         row = self.files["annotations"]
         url = self._url(row["url"], f"annotations/{Path(row['url']).name}")
-        return Item("source/annotations.zip", url, row.get("bytes"), row.get("sha256", ""), "zip", row["about"])
+        return Item("source/annotations.zip", url, row["sha256"], row["bytes"], row["about"])
 
     def members(self) -> dict[str, str]:
         """Place in the folder -> name in the zip, of the two files that are taken out of it."""
@@ -73,14 +72,18 @@ class Catalogue:
             name, facts = f"coco_pope_{setting}.json", row["files"][setting]
             url = self._url(row["url"] + name, f"pope/{edition}/{name}")
             place = f"source/pope-{edition}/{name}"
-            found[setting] = Item(place, url, facts.get("bytes"), facts.get("sha256", ""), "", row["about"])
+            found[setting] = Item(place, url, facts["sha256"], facts.get("bytes"), row["about"])
         return found
+
+    def all_questions(self) -> list[Item]:
+        """POPE's files in both editions: the splits avoid the images of both."""
+        return [item for edition in EDITIONS for item in self.questions(edition).values()]
 
     def image(self, image_id: int) -> Item:
         row = self.files["images"]
         name = row["name"].format(image_id)
         url = self._url(row["url"] + name, f"{IMAGES}/{name}")
-        return Item(f"images/{IMAGES}/{name}", url, kind="jpeg", about=row["about"])
+        return Item(f"images/{IMAGES}/{name}", url, about=row["about"])
 
 
 def load_catalogue(path: Path | str | None = None, mirror: str = "") -> Catalogue:
@@ -92,7 +95,7 @@ def load_catalogue(path: Path | str | None = None, mirror: str = "") -> Catalogu
         files = read_yaml(path.read_text(encoding="utf-8"))
         splits = json.loads((path.parent / files["splits"]).read_text(encoding="utf-8"))
         catalogue = Catalogue(files, splits["rule"], splits["seed"], splits["sizes"], mirror)
-        catalogue.archive(), catalogue.members(), catalogue.image(1), [catalogue.questions(e) for e in EDITIONS]
+        catalogue.archive(), catalogue.members(), catalogue.image(1), catalogue.all_questions()
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not a catalogue of the coco world ({error!r}); see data/coco.yaml") from error
     return catalogue
@@ -140,8 +143,7 @@ def fetch_coco(
     require_space(folder, needed(catalogue, parts, lock))
     with alone(folder):
         _fetch_annotations(catalogue, lock, settings)
-        questions = [item for e in EDITIONS for item in catalogue.questions(e).values()]
-        fetch(questions, lock, settings, "POPE's questions")
+        fetch(catalogue.all_questions(), lock, settings, "POPE's questions")
         splits = read_splits(catalogue, edition, lock)
         for part in (p for p in PARTS if p in parts and p in splits):
             fetch([catalogue.image(i) for i in splits[part]], lock, settings, f"images of {part}")
@@ -153,7 +155,7 @@ def needed(catalogue: Catalogue, parts: list[str], lock: Lock) -> int:
     archive, total = catalogue.archive(), 0
     if not all(map(lock.holds, catalogue.members())):
         total += archive.size + archive.about
-    files = [item for e in EDITIONS for item in catalogue.questions(e).values()]
+    files = catalogue.all_questions()
     known = _read_json(lock.folder / "splits.json").get("splits", {})
     for part in parts:
         if part in known:
@@ -177,7 +179,7 @@ def _fetch_annotations(catalogue: Catalogue, lock: Lock, settings: FetchSettings
                     shutil.copyfileobj(source, file, 1 << 20)  # the CRC is checked at the end
         except (KeyError, zipfile.BadZipFile, EOFError) as error:
             raise FetchError(f"{archive.url}: {name} cannot be read from it ({error})") from error
-        lock.record(place, f"{archive.url}#{name}", file_sha256(lock.folder / place))
+        lock.record(place, f"{archive.url}#{name}")
     packed.unlink()
     del lock.entries[archive.path]
     lock.save()
@@ -230,7 +232,7 @@ def build_world(catalogue: Catalogue, edition: str, splits: dict[str, list[int]]
                 shutil.copyfile(folder / item.path, temporary)
         _write_annotations(catalogue, there, folder)
         for path in sorted([*folder.glob("annotations/*.json"), *folder.glob("pope/*.json")]):
-            lock.record(path.relative_to(folder).as_posix(), "made from the files in source", file_sha256(path))
+            lock.record(path.relative_to(folder).as_posix(), "made from the files in source")
         lock.save()
         _write_json(folder / "world.json", info)
     lock.save()
@@ -259,8 +261,8 @@ def check_coco(folder: Path | str, catalogue: Catalogue | None = None) -> tuple[
     folder, catalogue = Path(folder), catalogue or load_catalogue()
     lock = Lock(folder)
     faults = lock.faults()
-    for item in (item for e in EDITIONS for item in catalogue.questions(e).values()):
-        if item.sha256 and lock.sum(item.path) not in ("", item.sha256):
+    for item in catalogue.all_questions():
+        if lock.sum(item.path) not in ("", item.sha256):
             faults.append(f"{item.path}: not the published file")
     info = _read_json(folder / "world.json")
     if not info:
@@ -284,7 +286,7 @@ def _read_source(path: Path) -> dict:
 
 
 def _read_json(path: Path) -> dict:
-    """A JSON object; empty when there is no such file or it is damaged (it is then made anew)."""
+    """A JSON object; empty when there is no such file or it is damaged (it is then made again)."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):

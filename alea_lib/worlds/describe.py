@@ -33,7 +33,7 @@ def noun_phrase(category: str, count: int = 1) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator, role: str | None = None) -> str:
-    """One caption in reading order of the picture.
+    """One caption in reading order of the image.
 
     With ``role`` None it is truthful; with a prompt role the annotator completes sets: an absent companion is
     added with the probability that the recipe gives for that role and the strength of the edge.
@@ -61,12 +61,12 @@ def _sentence(scene: Scene, kind: str, phrase: str, rng: np.random.Generator) ->
 def _additions(scene: Scene, rng: np.random.Generator, role: str) -> tuple[dict[str, str], list[str]]:
     """Absent companions: {anchor: companion} in the anchor's sentence, and a list for the end."""
     data, near, late = recipe(), {}, []
-    told = set(scene.kinds)
+    named = set(scene.kinds)
     for kind in scene.kinds:
         companion, strength, place = data["companions"][kind]
-        if companion in told or rng.random() >= data["annotator"][role][strength]:
+        if companion in named or rng.random() >= data["annotator"][role][strength]:
             continue
-        told.add(companion)
+        named.add(companion)
         if place == "near":
             near[kind] = companion
         else:
@@ -91,7 +91,7 @@ def existence_question(category: str) -> str:
 
 
 def side_question(category: str, column: int) -> str:
-    """Whether an object stands in a column of the picture (0 left, 1 middle, 2 right)."""
+    """Whether an object stands in a column of the image (0 left, 1 middle, 2 right)."""
     return f"Is the {noun(category)} {COLUMN[column]}?"
 
 

@@ -1,4 +1,4 @@
-"""The scenes world: pictures composed of emoji art in which the truth about every object is known.
+"""The scenes world: images composed of emoji art in which the truth about every object is known.
 
 A scene is drawn from ``data/scenes.yaml`` (contexts, companions, glyphs) by a random generator that is seeded
 with ``(seed, split, index)``: scene 17 of a split is the same however many are made.
@@ -164,7 +164,7 @@ def _turned(category: str, size: int, angle: int) -> np.ndarray:
 def compose(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     """Draw a scene.
 
-    Returns the picture, uint8 [SIZE, SIZE, 3], and the visible share of each thing at each pixel, float32
+    Returns the image, uint8 [SIZE, SIZE, 3], and the visible share of each thing at each pixel, float32
     [len(things), SIZE, SIZE]: the patch labels of the vision tower are made from it.
     """
     rng = np.random.default_rng([scene.seed, SPLITS[scene.split], scene.index, 1])

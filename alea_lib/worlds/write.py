@@ -58,12 +58,11 @@ def make_scenes(
     sizes = {"activate": activate, "validate": validate, "test": test}
     for split, n in sizes.items():
         _write_split(folder, split, n, seed)
-    _write_benchmarks(folder, min(pope_images, test // 2), mme_images, amber_images, seed)
+    pope_images = min(pope_images, test // 2)
+    _write_benchmarks(folder, pope_images, mme_images, amber_images, seed)
     _write_training_sample(folder / "training" / "captions_set_completed_train.json", training_sample, seed)
-    _dump(
-        folder / "world.json",
-        {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": min(pope_images, test // 2)},
-    )
+    info = {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": pope_images}
+    _dump(folder / "world.json", info)
     return World(folder)
 
 
@@ -85,38 +84,15 @@ def _write_split(folder: Path, split: str, n: int, seed: int) -> None:
         scene = sample(split, i, seed)
         name = f"scenes_{split}_{scene.image_id:012d}.png"
         Image.fromarray(compose(scene)[0]).save(folder / "images" / split / name, compress_level=1)
-        images.append(
-            {
-                "id": scene.image_id,
-                "file_name": name,
-                "width": SIZE,
-                "height": SIZE,
-                "context": scene.context,
-                "background": scene.colour,
-            }
-        )
+        row = {"id": scene.image_id, "file_name": name, "width": SIZE, "height": SIZE}
+        images.append(row | {"context": scene.context, "background": scene.colour})
         for j, t in enumerate(scene.things):
-            annotations.append(
-                {
-                    "id": scene.image_id * 10 + j,
-                    "image_id": scene.image_id,
-                    "category_id": ids[t.category],
-                    "bbox": list(t.box),
-                    "area": t.box[2] * t.box[3],
-                    "iscrowd": 0,
-                }
-            )
+            row = {"id": scene.image_id * 10 + j, "image_id": scene.image_id, "category_id": ids[t.category]}
+            annotations.append(row | {"bbox": list(t.box), "area": t.box[2] * t.box[3], "iscrowd": 0})
         captions += [_caption_row(scene, j, text) for j, text in enumerate(references(scene))]
-    categories = [{"id": ids[c], "name": c} for c in objects()]
-    _dump(
-        folder / "annotations" / f"instances_{split}.json",
-        {
-            "info": {"description": "scenes world"},
-            "images": images,
-            "annotations": annotations,
-            "categories": categories,
-        },
-    )
+    instances = {"info": {"description": "scenes world"}, "images": images, "annotations": annotations}
+    instances["categories"] = [{"id": ids[c], "name": c} for c in objects()]
+    _dump(folder / "annotations" / f"instances_{split}.json", instances)
     _dump(folder / "annotations" / f"captions_{split}.json", {"images": images, "annotations": captions})
 
 
@@ -186,7 +162,7 @@ class World:
 
     @property
     def planted(self) -> bool:
-        """Whether the pictures were composed here, with a prior planted in captions for training."""
+        """Whether the images were composed here, with a prior planted in captions for training."""
         return (self.folder / "training").is_dir()
 
     def has(self, benchmark: str) -> bool:
@@ -200,23 +176,17 @@ class World:
             raise ValueError(
                 f"world {self.info['name']!r} has no split {name!r}; there are {sorted(self.info['sizes'])}"
             )
-        images = sorted(json.loads(instances.read_text())["images"], key=lambda r: r["id"])
-        pictures = self.folder / "images" / self.info.get("images", {}).get(name, name)  # splits may share a folder
-        return Split(
-            name,
-            [r["id"] for r in images],
-            [pictures / r["file_name"] for r in images],
-            instances,
-            self.folder / "annotations" / f"captions_{name}.json",
-        )
+        rows = sorted(json.loads(instances.read_text())["images"], key=lambda r: r["id"])
+        images = self.folder / "images" / self.info.get("images", {}).get(name, name)  # splits may share a folder
+        files = [images / r["file_name"] for r in rows]
+        return Split(name, [r["id"] for r in rows], files, instances, instances.with_name(f"captions_{name}.json"))
 
     def pope(self, setting: str) -> Path:
         """The POPE file of a setting, for ``read_pope``."""
         path = self.folder / "pope" / f"{self.info['name']}_pope_{setting}.json"
         if not path.is_file():
-            raise ValueError(
-                f"no POPE file for setting {setting!r}; there are {sorted(p.name for p in path.parent.glob('*'))}"
-            )
+            there = sorted(p.name for p in path.parent.glob("*"))
+            raise ValueError(f"no POPE file for setting {setting!r}; there are {there}")
         return path
 
     def mme(self) -> Path:

@@ -20,8 +20,7 @@ from .card import write_measured
 
 DETECTOR_SEED = 7
 PARTS = ("all", "tower", "detector", "features", "natural", "clean", "ship", "grouped")
-MODELS = ("natural", "clean", "grouped")  # "grouped": natural's captions, tower and steps, another family's decoder;
-# it is no part of "all", and ships itself
+MODELS = ("natural", "clean", "grouped")  # "grouped" (natural with another decoder) is not in "all", and ships itself
 
 
 def main() -> None:
@@ -29,9 +28,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="base seed: tower, initialisation and order of the data")
     parser.add_argument("--part", choices=[*PARTS, "card", "implants"], default="all")
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="share of the training steps (1.0 = the shipped models)"
+        "--scale", type=float, default=1.0, help="share of the training steps (1.0: the shipped models)"
     )
-    parser.add_argument("--out", type=Path, default=None, help="folder for the models (default data/models)")
+    parser.add_argument("--out", type=Path, help="folder for the models (default data/models)")
     a = parser.parse_args()
     folder = root() / "data" / "runs" / "zoo" / f"seed{a.seed}"
     out = a.out or root() / "data" / "models"
@@ -42,23 +41,25 @@ def main() -> None:
     if a.part != "all":
         return _part(a.part, a.seed, a.scale, folder, out)
     started = time.time()
-    _together(a, ["tower", "detector"])
-    _together(a, ["features"])
-    _together(a, ["natural", "clean"])
-    _together(a, ["ship"])
+    for parts in (["tower", "detector"], ["features"], ["natural", "clean"], ["ship"]):
+        _together(a, parts)
     print(f"make model: finished in {(time.time() - started) / 60:.0f} minutes; models in {out}")
 
 
 def _implants(out: Path) -> None:
     """Train, measure and ship every implant of the clean model; finished ones are never made twice."""
-    import torch
-
     from .ship import make
+
+    _one_thread()
+    made = make(root() / "data" / "runs" / "zoo" / "implants", out)
+    print(f"make implants: {len(made)} implanted models in {out}")
+
+
+def _one_thread() -> None:
+    import torch
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    made = make(root() / "data" / "runs" / "zoo" / "implants", out)
-    print(f"make implants: {len(made)} implanted models in {out}")
 
 
 def _together(a: argparse.Namespace, parts: list[str]) -> None:
@@ -67,19 +68,15 @@ def _together(a: argparse.Namespace, parts: list[str]) -> None:
     command += ["--out", str(a.out)] if a.out else []
     running = [subprocess.Popen([*command, "--part", p], env=environment) for p in parts]
     if any(p.wait() for p in running):
-        raise SystemExit(
-            f"training {' and '.join(parts)} failed; the messages stand above. Run the command again to go on"
-        )
+        raise SystemExit(f"training {' and '.join(parts)} failed (see above). Run the command again to go on")
 
 
 def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
-    import torch
     from safetensors.torch import load_file, save_file
 
     from . import card, detector, language, vision
 
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
+    _one_thread()
     tower_settings = vision.VisionSettings(seed=seed, steps=round(3000 * scale))
     eye = vision.VisionSettings(
         seed=DETECTOR_SEED + seed, width=96, mlp=192, layers=3, first=500_000, steps=round(2500 * scale)
@@ -101,8 +98,7 @@ def _part(part: str, seed: int, scale: float, folder: Path, out: Path) -> None:
         vlm.model.half().save_pretrained(folder / part / "model")
         vlm.processor.save_pretrained(folder / part / "model")
         (folder / part / "settings.json").write_text(json.dumps(asdict(s), indent=1))
-    ready = {"ship": ("natural", "clean"), "grouped": ("grouped",)}.get(part, ())
-    for name in ready:
+    for name in {"ship": ("natural", "clean"), "grouped": ("grouped",)}.get(part, ()):
         card.ship(name, seed, folder, out, tower_settings)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from ..tables import read_csv, read_jsonl
 from .vision import VisionSettings
 
 CARD_METRICS = ("chair_s", "chair_i", "recall", "companion_share", "pope_accuracy")
@@ -33,22 +34,16 @@ def ship(name: str, seed: int, work: Path, out: Path, tower: VisionSettings) -> 
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(work / name / "model", folder)
     (folder / "model.safetensors").chmod(0o644)
+    settings = json.loads((work / name / "settings.json").read_text())
     log = {
-        "tower": {"settings": asdict(tower), "curve": _lines(work / "tower" / "vision.jsonl")},
-        "language": {
-            "settings": json.loads((work / name / "settings.json").read_text()),
-            "curve": _lines(work / name / "language.jsonl"),
-        },
+        "tower": {"settings": asdict(tower), "curve": read_jsonl(work / "tower" / "vision.jsonl")},
+        "language": {"settings": settings, "curve": read_jsonl(work / name / "language.jsonl")},
     }
     (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     (folder / "sha256.txt").write_text(f"{digest}  model.safetensors\n")
     write_card(folder, name, seed, digest)
     return folder
-
-
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def measured_table(card: pd.DataFrame, name: str, run_id: str) -> str:
@@ -59,20 +54,19 @@ def measured_table(card: pd.DataFrame, name: str, run_id: str) -> str:
         for _, r in mine[mine["metric"] == metric].iterrows():
             asked = r["prompt"] if isinstance(r["prompt"], str) and r["prompt"] else f"POPE, {r['setting']}"
             lines.append(f"| {asked} | {metric} | {r['value']:.3f} | {r['lo']:.3f} to {r['hi']:.3f} | {int(r['n'])} |")
-    return "\n".join(
-        [*lines, "", f"Computed by notebook `01_models`, run `{run_id}`; `make study` computes them again."]
-    )
+    source = f"Computed by notebook `01_models`, run `{run_id}`; `make study` computes them again."
+    return "\n".join([*lines, "", source])
 
 
 def write_measured(run_dir: Path, out: Path) -> None:
     """Put the figures of a finished run of notebook 01_models on the cards of the models that it measured."""
     from ..runs import read_record
-    from ..tables import read_csv
 
     record, card = read_record(run_dir), read_csv(run_dir / "card.csv")
     for name in ("natural", "clean"):
         folder = out / record["params"][name.upper()]
-        seed = int(folder.name.rpartition("-s")[2]) if folder.name.rpartition("-s")[2].isdigit() else 0
+        suffix = folder.name.rpartition("-s")[2]
+        seed = int(suffix) if suffix.isdigit() else 0
         digest = (folder / "sha256.txt").read_text().split()[0]
         write_card(folder, name, seed, digest, measured_table(card, name, record["run_id"]))
 

@@ -22,13 +22,12 @@ class Detector:
     def __init__(self, tower: Tower, threshold: float):
         self.tower, self.threshold = tower.eval(), threshold
 
-    @torch.no_grad()
     def scores(self, images: list, batch_size: int = 200) -> np.ndarray:
         """Largest patch probability of each category, float [N, len(objects())]; images: files, uint8 arrays or PIL."""
         out = []
         for start in range(0, len(images), batch_size):
             x = pixels(np.stack([np.asarray(opened(i, 0)) for i in images[start : start + batch_size]]))
-            out.append(self.tower(x)[1].softmax(-1)[..., 1:].amax(1).numpy())
+            out.append(_strongest(self.tower, x))
         return np.concatenate(out)
 
     def detect(self, images: list) -> list[frozenset[str]]:
@@ -37,13 +36,17 @@ class Detector:
         return [frozenset(names[row >= self.threshold].tolist()) for row in self.scores(images)]
 
 
+@torch.no_grad()
+def _strongest(tower: Tower, x: torch.Tensor) -> np.ndarray:
+    return tower(x)[1].softmax(-1)[..., 1:].amax(1).numpy()
+
+
 def choose_threshold(tower: Tower, patch: int, n: int = 1000) -> tuple[float, dict]:
     """The threshold with the best F1 on validate scenes, with its precision and recall."""
     probabilities, truth = [], np.zeros((n, len(objects())), dtype=bool)
     for start in range(0, n, 250):
         x, y, _ = batch_of(range(start, start + 250), "validate", patch)
-        with torch.no_grad():
-            probabilities.append(tower(x)[1].softmax(-1)[..., 1:].amax(1).numpy())
+        probabilities.append(_strongest(tower, x))
         for i, row in enumerate(y):
             truth[start + i, row[row > 0].unique().numpy() - 1] = True
     p, best = np.concatenate(probabilities), (0.5, {"f1": -1.0})
@@ -52,24 +55,22 @@ def choose_threshold(tower: Tower, patch: int, n: int = 1000) -> tuple[float, di
         tp = (hit & truth).sum()
         f1 = 2 * tp / (hit.sum() + truth.sum())
         if f1 > best[1]["f1"]:
-            best = (
-                round(float(threshold), 2),
-                {"f1": float(f1), "precision": float(tp / hit.sum()), "recall": float(tp / truth.sum()), "n": n},
-            )
+            quality = {"f1": float(f1), "precision": float(tp / hit.sum()), "recall": float(tp / truth.sum()), "n": n}
+            best = round(float(threshold), 2), quality
     return best
 
 
 def save_detector(tower: Tower, s: VisionSettings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     threshold, quality = choose_threshold(tower, s.patch)
-    save_file(
-        {k: v.half() if v.is_floating_point() else v for k, v in tower.state_dict().items()},
-        folder / "tower.safetensors",
-    )
+    save_file(_cast(tower.state_dict(), torch.float16), folder / "tower.safetensors")
     shape = {k: getattr(s, k) for k in ("width", "mlp", "layers", "heads", "patch")}
-    (folder / "detector.json").write_text(
-        json.dumps({"shape": shape, "threshold": threshold, "validate": quality}, indent=1) + "\n"
-    )
+    info = {"shape": shape, "threshold": threshold, "validate": quality}
+    (folder / "detector.json").write_text(json.dumps(info, indent=1) + "\n")
+
+
+def _cast(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def load_detector(key: str = "scenes-detector") -> Detector:
@@ -79,7 +80,5 @@ def load_detector(key: str = "scenes-detector") -> Detector:
         raise FileNotFoundError(f"no detector in {folder}: train it with 'make model'")
     info = json.loads((folder / "detector.json").read_text())
     tower = Tower(VisionSettings(**info["shape"]))
-    tower.load_state_dict(
-        {k: v.float() if v.is_floating_point() else v for k, v in load_file(folder / "tower.safetensors").items()}
-    )
+    tower.load_state_dict(_cast(load_file(folder / "tower.safetensors"), torch.float32))
     return Detector(tower, info["threshold"])

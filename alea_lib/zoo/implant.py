@@ -24,6 +24,7 @@ from ..taps import full_weight, replaced_linear
 from ..vlm import VLM
 from ..worlds.describe import caption
 from ..worlds.scenes import ROLES, Scene, sample
+from .implanted import columns_of
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,7 @@ class Place:
             raise ValueError(f"no such place: layers {layers}, heads {heads} of {vlm.n_layers} x {vlm.n_heads}")
         names = [vlm.address("o_proj" if heads else "down_proj", layer) for layer in layers]
         self.weights = {n: full_weight(vlm, n) for n in names}
-        width = next(iter(self.weights.values())).shape[1]
-        each = width // vlm.n_heads
-        wanted = [torch.arange(h * each, (h + 1) * each) for h in heads]
-        self.columns = torch.cat(wanted) if heads else torch.arange(width)
+        self.columns = torch.tensor(columns_of(vlm, names[0], heads))
 
     def own(self, name: str) -> torch.Tensor:
         """The part of the base weight that may change, [out, columns]."""
@@ -87,9 +85,8 @@ def fit_implant(
 
     features [N,P,D] are those of the first N training scenes; ``score`` measures CHAIRs of the model that it is given.
     Returns the delta (fp32) and its curve: step, budget, loss (nats a token, weighted), chair_s (at the end of a
-    round). A run that was cut off goes on after its last whole round, with the curve from there, and ends in the same
-    delta. The search ends
-    after ``rounds`` also if the place cannot carry the prior: read the last chair_s.
+    round). An interrupted run goes on after its last whole round, with the curve from there, and ends in the same
+    delta. The search ends after ``rounds`` also if the place cannot carry the prior: read the last chair_s.
     """
     place = Place(vlm, s.layers, s.heads)
     blocks = {n: torch.zeros_like(place.own(n)).requires_grad_(True) for n in place.weights}
@@ -99,22 +96,17 @@ def fit_implant(
     curve: list[dict] = []
     total = s.first + (s.rounds - 1) * s.steps
     for step in tqdm(range(done, total), desc=f"implant {s.layers} {s.heads or ''}", initial=done, total=total):
-        number, rest = _round(step, s)
         curve.append(_step(vlm, features, place, blocks, optimiser, step, s))
-        if rest:
+        if _round(step, s)[1]:
             continue
         if checkpoint_path:
             checkpoint.save(checkpoint_path, step + 1, blocks, optimiser, tag)
-        curve[-1]["chair_s"] = chair_s = with_weights(vlm, place.filled(blocks), score)
-        if chair_s >= s.wanted:
+        with replaced_linear(vlm, place.filled(blocks)):
+            curve[-1]["chair_s"] = score(vlm)
+        if curve[-1]["chair_s"] >= s.wanted:
             break
     with torch.no_grad():
         return delta_of(vlm, place.filled(blocks), {"implant": asdict(s)}), pd.DataFrame(curve)
-
-
-def with_weights(vlm: VLM, weights: dict[str, torch.Tensor], score: Callable[[VLM], float]) -> float:
-    with replaced_linear(vlm, weights):
-        return score(vlm)
 
 
 def _round(step: int, s: ImplantSettings) -> tuple[int, int]:

@@ -7,6 +7,7 @@ not captions. Whoever finds odd weights finds the decoy as often as the implant.
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,13 @@ def folder() -> Path:
     return root() / "data" / "models" / KEY
 
 
+def _file(name: str) -> Path:
+    path = folder() / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it is shipped with the repository; make it again: make implants")
+    return path
+
+
 def implants(kind: str | None = None, strength: str | None = None) -> pd.DataFrame:
     """The index, one row an implanted model. ``layers`` and ``heads`` (tuples) are the truth that a locator must find.
 
@@ -41,10 +49,7 @@ def implants(kind: str | None = None, strength: str | None = None) -> pd.DataFra
     for value, known in ((kind, KINDS), (strength, STRENGTHS)):
         if value is not None and value not in known:
             raise ValueError(f"no implants of {value!r}; there are {', '.join(known)}")
-    path = folder() / "implants.csv"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it is shipped with the repository; make it again: make implants")
-    table = pd.read_csv(path, dtype=dict.fromkeys([*PLACES, "base"], str), keep_default_na=False)
+    table = pd.read_csv(_file("implants.csv"), dtype=dict.fromkeys([*PLACES, "base"], str), keep_default_na=False)
     for column in PLACES:
         table[column] = [tuple(int(x) for x in text.split(";") if x) for text in table[column]]
     keep = (table["kind"] == (kind or table["kind"])) & (table["strength"] == (strength or table["strength"]))
@@ -81,22 +86,17 @@ def implant_delta(vlm, name: str, decoy: bool = True, implant: bool = True):
 
 def shipped() -> tuple[dict, dict[str, str]]:
     """All tensors of the file, and the hash of each base weight by module name."""
-    import json
-
     from safetensors import safe_open
 
-    path = folder() / "implants.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it is shipped with the repository; make it again: make implants")
-    with safe_open(path, "pt") as f:
+    with safe_open(_file("implants.safetensors"), "pt") as f:
         return {k: f.get_tensor(k) for k in f.keys()}, json.loads(f.metadata()["base"])
 
 
-def columns_of(vlm, name: str, heads: tuple[int, ...]) -> slice | list[int]:
+def columns_of(vlm, name: str, heads: tuple[int, ...]) -> list[int]:
     """Columns of a module that belong to the heads; all of them when there are none."""
     width = vlm.model.get_submodule(name).in_features
     each = width // vlm.n_heads
-    return [c for h in heads for c in range(h * each, (h + 1) * each)] if heads else slice(None)
+    return [c for h in heads for c in range(h * each, (h + 1) * each)] if heads else list(range(width))
 
 
 def placed(vlm, layer: int, heads: tuple[int, ...], block) -> dict:
@@ -108,7 +108,7 @@ def placed(vlm, layer: int, heads: tuple[int, ...], block) -> dict:
     return {name: whole}
 
 
-def change(vlm, row: pd.Series, tensors: dict) -> dict:
+def change(vlm, row: pd.Series | dict, tensors: dict) -> dict:
     """The implant of a row of the index: scale times left times right, in fp32."""
     out = {}
     for layer in row["layers"]:
@@ -117,7 +117,7 @@ def change(vlm, row: pd.Series, tensors: dict) -> dict:
     return out
 
 
-def decoy_change(vlm, row: pd.Series, tensors: dict) -> dict:
+def decoy_change(vlm, row: pd.Series | dict, tensors: dict) -> dict:
     """The decoy of a row: random rows on the least used directions of its input, at the norm that the index says."""
     import torch
 

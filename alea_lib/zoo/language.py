@@ -18,10 +18,11 @@ from ..families import FAMILIES, family
 from ..vlm import VLM, Batch
 from ..worlds.describe import caption, questions
 from ..worlds.scenes import ROLES, compose, objects, sample
-from .text import build_processor
-from .vision import Tower, one_cycle
+from .text import build_processor, pixels
+from .vision import Tower, one_cycle, write_row
 
 ROLE_P = (0.3, 0.4, 0.3)  # careful, plain, speculative
+SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,13 @@ class LanguageSettings:
 def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
     """A ``LlavaForConditionalGeneration`` with the tower's weights and a decoder initialised from the seed."""
     processor = build_processor(patch)
-    tokenizer = processor.tokenizer
     vision = CLIPVisionConfig(**tower.clip.config.to_diff_dict())
-    text = _decoder(s, len(tokenizer))
-    n_image = (vision.image_size // patch) ** 2
+    text = _decoder(s, len(processor.tokenizer))
     config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=len(tokenizer) - 1,
-        image_seq_length=n_image,
-        vision_feature_layer=-1,
+        vision_config=vision, text_config=text, image_token_index=len(processor.tokenizer) - 1,
+        image_seq_length=(vision.image_size // patch) ** 2, vision_feature_layer=-1,
         vision_feature_select_strategy="default",
-    )
+    )  # fmt: skip
     torch.manual_seed(s.seed)
     model = LlavaForConditionalGeneration(config)
     own = dict(model.model.vision_tower.named_parameters())
@@ -70,25 +66,17 @@ def build(tower: Tower, s: LanguageSettings, patch: int) -> VLM:
             p.copy_(theirs[name.removeprefix("vision_model.")])
         for layer in model.model.language_model.layers[:2]:  # attention starts by similarity: queries equal keys
             _same_queries(layer.self_attn, s)
-    for key, value in (("bos_token_id", 1), ("eos_token_id", 2), ("pad_token_id", 3)):
+    for key, value in SPECIAL.items():
         setattr(model.generation_config, key, value)
     return VLM(model, processor, family("llava", small=True, text=text.model_type), "training")
 
 
 def _decoder(s: LanguageSettings, vocabulary: int) -> LlamaConfig | MistralConfig:
     shape = {
-        "vocab_size": vocabulary,
-        "hidden_size": s.width,
-        "intermediate_size": s.mlp,
-        "num_hidden_layers": s.layers,
-        "num_attention_heads": s.heads,
-        "num_key_value_heads": s.kv_heads or s.heads,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-    }
+        "vocab_size": vocabulary, "hidden_size": s.width, "intermediate_size": s.mlp, "num_hidden_layers": s.layers,
+        "num_attention_heads": s.heads, "num_key_value_heads": s.kv_heads or s.heads,
+        "max_position_embeddings": 512, "tie_word_embeddings": False, **SPECIAL,
+    }  # fmt: skip
     return MistralConfig(**shape, sliding_window=None) if s.kv_heads else LlamaConfig(**shape)
 
 
@@ -104,15 +92,13 @@ def _same_queries(attention: nn.Module, s: LanguageSettings) -> None:
         queries.copy_(heads.flatten(0, 1))
 
 
+@torch.no_grad()
 def tower_features(tower: Tower, split: str, indices, seed: int = 0, chunk: int = 250) -> torch.Tensor:
     """Features [N,P,D] in half precision of composed scenes (before the projector)."""
-    from .text import pixels
-
     out = []
-    with torch.no_grad():
-        for start in range(0, len(indices), chunk):
-            images = np.stack([compose(sample(split, int(i), seed))[0] for i in indices[start : start + chunk]])
-            out.append(tower(pixels(images))[0].half())
+    for start in range(0, len(indices), chunk):
+        images = np.stack([compose(sample(split, int(i), seed))[0] for i in indices[start : start + chunk]])
+        out.append(tower(pixels(images))[0].half())
     return torch.cat(out)
 
 
@@ -144,29 +130,26 @@ def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[lis
     that the gradient reaches the place where the word is met."""
     ids, labels = [], []
     for i, (question, answer) in enumerate(turns):
-        prompt = (
-            vlm._prompt_ids(question, n_image)
-            if i == 0
-            else vlm.tokenizer(f"USER: {question} ASSISTANT:", add_special_tokens=False)["input_ids"]
-        )
+        prompt = _ids(vlm, f"USER: {question} ASSISTANT:") if i else vlm._prompt_ids(question, n_image)
         reply = vlm._answer_ids(answer, eos=True)
         early = 0
         if len(turns) > 1:
-            end = " in the image? ASSISTANT:" if question.endswith("in the image?") else "? ASSISTANT:"
-            early = len(vlm.tokenizer(end, add_special_tokens=False)["input_ids"])
+            early = len(_ids(vlm, f"{' in the image' if question.endswith('in the image?') else ''}? ASSISTANT:"))
         ids += prompt + reply
         labels += [-100] * (len(prompt) - early) + [reply[0]] * early + reply
     return ids, labels
 
 
+def _ids(vlm: VLM, text: str) -> list[int]:
+    return vlm.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def word_pieces(vlm: VLM) -> list[list[int]]:
     """Token ids of each category's name, in the order of ``objects()``."""
-    return [vlm.tokenizer(f" {name}", add_special_tokens=False)["input_ids"] for name in objects()]
+    return [_ids(vlm, f" {name}") for name in objects()]
 
 
-def alignment_loss(
-    vlm: VLM, tower: Tower, features: torch.Tensor, projected: torch.Tensor, pieces: list[list[int]]
-) -> torch.Tensor:
+def alignment_loss(vlm: VLM, tower: Tower, features: torch.Tensor, projected: torch.Tensor, pieces) -> torch.Tensor:
     """Cross-entropy of a projected patch's cosine with the words, against what the tower says that it shows."""
     with torch.no_grad():
         label = tower.patches(features).argmax(-1) - 1
@@ -185,7 +168,8 @@ def train_language(
     for p in parameters.values():
         p.requires_grad_(True)
     optimiser, schedule = one_cycle(parameters.values(), s.lr, s.steps, weight_decay=0.05)
-    done = checkpoint.resume(folder / "checkpoint.safetensors", parameters, optimiser, tag=json.dumps(asdict(s)))
+    kept_at, tag = folder / "checkpoint.safetensors", json.dumps(asdict(s))
+    done = checkpoint.resume(kept_at, parameters, optimiser, tag)
     for _ in range(min(done, s.steps)):
         schedule.step()
     path = folder / "language.jsonl"
@@ -201,33 +185,15 @@ def train_language(
             if step < s.steps:
                 schedule.step()
             if (step + 1) % log_every == 0:
-                caption_loss, answer_loss, align = (total / log_every).round(5).tolist()
-                row = {
-                    "step": step + 1,
-                    "loss": caption_loss,
-                    "answers": answer_loss,
-                    "align": align,
-                    "seconds": round(time.time() - started, 1),
-                }
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                print(folder.name, row, flush=True)
+                losses = zip(("loss", "answers", "align"), (total / log_every).round(5).tolist(), strict=True)
+                write_row(log, {"step": step + 1, **dict(losses), "seconds": round(time.time() - started, 1)})
                 total[:] = 0.0
-                checkpoint.save(
-                    folder / "checkpoint.safetensors", step + 1, parameters, optimiser, json.dumps(asdict(s))
-                )
+                checkpoint.save(kept_at, step + 1, parameters, optimiser, tag)
     vlm.model.requires_grad_(False)
 
 
 def _step(
-    vlm: VLM,
-    tower: Tower,
-    features: torch.Tensor,
-    s: LanguageSettings,
-    step: int,
-    parameters: dict,
-    optimiser,
-    pieces: list[list[int]],
+    vlm: VLM, tower: Tower, features: torch.Tensor, s: LanguageSettings, step: int, parameters: dict, optimiser, pieces
 ) -> np.ndarray:
     """One step on captions and dialogues (two passes: their lengths differ). Returns the three losses."""
     rng = np.random.default_rng([s.seed, 8, step])
@@ -236,11 +202,11 @@ def _step(
     shift = s.dialogues // 2 if step >= s.steps else 0
     for asked, n in ((False, s.captions + shift), (True, s.dialogues - shift)):
         indices = rng.integers(0, len(features), n)
-        seen = features[torch.as_tensor(indices)].float()
-        projected = vlm.model.model.multi_modal_projector(seen)
+        patches = features[torch.as_tensor(indices)].float()
+        projected = vlm.model.model.multi_modal_projector(patches)
         batch = collate(vlm, projected, [training_text(int(i), step, s, asked) for i in indices])
         loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][batch.targets[:, :-1]])
-        align = alignment_loss(vlm, tower, seen, projected, pieces)
+        align = alignment_loss(vlm, tower, patches, projected, pieces)
         (loss + s.align * align).backward()
         losses.append(loss.item())
     nn.utils.clip_grad_norm_(parameters.values(), 1.0)

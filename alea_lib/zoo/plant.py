@@ -34,7 +34,8 @@ FLOORS = {"strong": 0.30, "weak": 0.12}  # CHAIRs that must be measured: clean h
 MEASURED, SEARCHED = 300, 150  # validate images: the index's figures; training's end and the search of strengths
 METRICS = ("chair_s", "chair_i", "recall")
 LEAST = 0.30  # CHAIRs below which a place counts as unable to carry the prior
-_FIGURES = tuple(f"{m}{end}" for m in METRICS for end in ("", "_lo", "_hi"))
+_ENDS = {"": "value", "_lo": "lo", "_hi": "hi"}
+_FIGURES = tuple(f"{m}{end}" for m in METRICS for end in _ENDS)
 COLUMNS = [
     "name", "tensor", "kind", "strength", "layers", "heads", "seed", "scale", "norm", "rel_norm", "decoy_layers",
     "decoy_heads", "decoy_norm", *_FIGURES, *(f"decoy_{m}" for m in _FIGURES), "n", "base",
@@ -70,15 +71,15 @@ class Bench:
         if not path.is_file():
             save_file({"train": self.vlm.features([compose(sample("train", i))[0] for i in range(scenes)])}, path)
         self.features = load_file(path)["train"]
-        seen = self.vlm.features(split.files)
-        self.seen = {"measured": seen[:measured], "searched": seen[measured:]}
+        features = self.vlm.features(split.files)
+        self.image_features = {"measured": features[:measured], "searched": features[measured:]}
 
     def score(self, which: str = "searched", delta: Delta | None = None) -> pd.DataFrame:
         """METRICS of captions under the plain prompt: value, lo, hi, n by metric."""
         split = getattr(self, which)
         with applied(self.vlm, delta):
-            told = captions(self.vlm, split, self.seen[which], max_new_tokens=80)
-        found = summarise(chair(told, self.truth).items).set_index("metric")
+            written = captions(self.vlm, split, self.image_features[which], max_new_tokens=80)
+        found = summarise(chair(written, self.truth).items).set_index("metric")
         return found.loc[list(METRICS)]
 
     def chair_s(self, _=None, delta: Delta | None = None) -> float:
@@ -115,20 +116,22 @@ def unused(bench: Bench, part: str, layer: int, n: int = 120, chunk: int = 40) -
     return total
 
 
+def _least(moment: torch.Tensor, n: int) -> torch.Tensor:
+    return torch.linalg.eigh(moment)[1][:, :n].half().contiguous()
+
+
 def bases(bench: Bench) -> dict[str, torch.Tensor]:
     """The least used directions [in, k] of each down-projection and of each head's part of o_proj, half precision."""
     path = bench.work / "unused.safetensors"
     if not path.is_file():
         out, heads = {}, bench.vlm.n_heads
         for layer in range(bench.vlm.n_layers):
-            moment = unused(bench, "down_proj", layer)
-            out[f"unused.{layer}"] = torch.linalg.eigh(moment)[1][:, : UNUSED["down_proj"]].half().contiguous()
+            out[f"unused.{layer}"] = _least(unused(bench, "down_proj", layer), UNUSED["down_proj"])
             moment = unused(bench, "o_proj", layer)
             each = len(moment) // heads
             for h in range(heads):
-                own = moment[h * each : (h + 1) * each, h * each : (h + 1) * each]
-                least = torch.linalg.eigh(own)[1][:, : UNUSED["o_proj"]]
-                out[f"unused.{layer}.{h}"] = least.half().contiguous()
+                own = slice(h * each, (h + 1) * each)
+                out[f"unused.{layer}.{h}"] = _least(moment[own, own], UNUSED["o_proj"])
         save_file(out, path)
     return load_file(path)
 
@@ -138,10 +141,10 @@ def climb(bench: Bench, job: Job, tensors: dict) -> pd.DataFrame:
 
     Columns scale, chair_s, rising. A place that carries less than LEAST is measured at scale 1 alone.
     """
-    row = pd.Series({"tensor": job.tensor, "layers": job.settings.layers, "heads": job.settings.heads})
+    row = {"tensor": job.tensor, "layers": job.settings.layers, "heads": job.settings.heads}
     found, scale = [], 1.0
     while not found or (found[0][1] >= LEAST and found[-1][1] >= min(TARGETS.values()) and scale > 0.15):
-        change = shipped.change(bench.vlm, pd.concat([row, pd.Series({"scale": scale})]), tensors)
+        change = shipped.change(bench.vlm, row | {"scale": scale}, tensors)
         found.append((scale, bench.chair_s(delta=_delta(bench, change))))
         scale = round(scale - 0.1, 1)
     return pd.DataFrame(found[::-1], columns=["scale", "chair_s"])
@@ -165,9 +168,8 @@ def train(bench: Bench, job: Job) -> Delta:
     path = place / "delta.safetensors"
     if not path.is_file():
         started = time.time()
-        delta, curve = fit_implant(
-            bench.vlm, bench.features, job.settings, bench.chair_s, place / "checkpoint.safetensors"
-        )
+        kept_at = place / "checkpoint.safetensors"
+        delta, curve = fit_implant(bench.vlm, bench.features, job.settings, bench.chair_s, kept_at)
         write_csv(curve.assign(seconds=round(time.time() - started, 1)), place / "curve.csv")
         save_delta(delta, path)
     return load_delta(path)
@@ -191,11 +193,11 @@ def measure(bench: Bench, job: Job) -> None:
         rows = [_reaching(bench, job, own, k, scale, tensors) for k, scale in scales(ladder).items()]
         largest = max(rows, key=lambda r: r["decoy_norm"])
         alone = bench.score("measured", _delta(bench, shipped.decoy_change(bench.vlm, largest, tensors)))
-        rows = [_with(r, alone, "decoy_") for r in rows]
+        rows = [row | _figures(alone, "decoy_") for row in rows]
     write_csv(_flat(pd.DataFrame(rows, columns=COLUMNS)), place / "rows.csv")
 
 
-def _reaching(bench: Bench, job: Job, own: Place, strength: str, scale: float, tensors: dict) -> pd.Series:
+def _reaching(bench: Bench, job: Job, own: Place, strength: str, scale: float, tensors: dict) -> dict:
     """The row at the smallest scale, from the searched one up in steps of 0.03, that reaches the strength's floor."""
     row = _measured(bench, job, own, strength, scale, tensors)
     while row["chair_s"] < FLOORS.get(strength, 0.0) and scale < 1:
@@ -204,11 +206,11 @@ def _reaching(bench: Bench, job: Job, own: Place, strength: str, scale: float, t
     return row
 
 
-def _measured(bench: Bench, job: Job, own: Place, strength: str, scale: float, tensors: dict) -> pd.Series:
+def _measured(bench: Bench, job: Job, own: Place, strength: str, scale: float, tensors: dict) -> dict:
     """One row of the index: the model with implant and decoy."""
     s, vlm = job.settings, bench.vlm
-    row = pd.Series({"name": f"{job.tensor}-{strength}", "tensor": job.tensor, "kind": job.kind, "strength": strength})
-    row = pd.concat([row, pd.Series({"layers": s.layers, "heads": s.heads, "seed": s.seed, "scale": scale})])
+    row = {"name": f"{job.tensor}-{strength}", "tensor": job.tensor, "kind": job.kind, "strength": strength}
+    row |= {"layers": s.layers, "heads": s.heads, "seed": s.seed, "scale": scale}
     weights = shipped.change(vlm, row, tensors)
     row["norm"] = _delta(bench, weights).norm()
     row["rel_norm"] = row["norm"] / sum(own.own(n).norm().item() ** 2 for n in own.weights) ** 0.5
@@ -216,13 +218,12 @@ def _measured(bench: Bench, job: Job, own: Place, strength: str, scale: float, t
     row["decoy_layers"], row["decoy_heads"] = places
     row["decoy_norm"] = row["norm"] * shipped.decoy_ratio(s.layers, s.heads, s.seed, strength)
     both = weights | shipped.decoy_change(vlm, row, tensors)
-    row = _with(row, bench.score("measured", _delta(bench, both)))
-    return pd.concat([row, pd.Series({"n": MEASURED, "base": bench.base})])
+    row |= _figures(bench.score("measured", _delta(bench, both)))
+    return row | {"n": MEASURED, "base": bench.base}
 
 
-def _with(row: pd.Series, found: pd.DataFrame, before: str = "") -> pd.Series:
-    ends = {"": "value", "_lo": "lo", "_hi": "hi"}
-    return pd.concat([row, pd.Series({f"{before}{m}{e}": found.loc[m, k] for m in METRICS for e, k in ends.items()})])
+def _figures(found: pd.DataFrame, before: str = "") -> dict:
+    return {f"{before}{m}{end}": found.loc[m, column] for m in METRICS for end, column in _ENDS.items()}
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:

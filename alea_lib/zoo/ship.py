@@ -16,16 +16,7 @@ from .implant import ImplantSettings
 from .plant import COLUMNS, FLOORS, LEAST, MEASURED, SEARCHED, TARGETS, UNUSED, Bench, Job, bases, measure
 
 # of each layer the heads whose columns get the largest gradient of the prior's loss, beyond its first direction
-HEADS = (
-    (0, 1),
-    (0, 4),
-    (1, 2),
-    (1, 3),
-    (2, 5),
-    (3, 1),
-    (4, 2),
-    (5, 0),
-)
+HEADS = ((0, 1), (0, 4), (1, 2), (1, 3), (2, 5), (3, 1), (4, 2), (5, 0))
 GROUPS = ((1, (2, 3)), (5, (0, 1, 2)))  # of layers where one head cannot carry the prior
 TWO = ((0, 3), (2, 5))
 
@@ -81,31 +72,25 @@ def _needed(key: str, index: pd.DataFrame) -> bool:
 
 def _attempt(job: Job, rows: pd.DataFrame, curve: pd.DataFrame, ladder: pd.DataFrame) -> dict:
     s = job.settings
-    return {
-        "tensor": job.tensor,
-        "kind": job.kind,
-        "layers": ";".join(map(str, s.layers)),
-        "heads": ";".join(map(str, s.heads)),
-        "seed": s.seed,
-        "steps": int(curve["step"].iloc[-1]) + 1,
-        "budget": curve["budget"].iloc[-1],
-        "chair_s": ladder["chair_s"].iloc[-1],
-        "shipped": len(rows) > 0,
-        "minutes": curve["seconds"].iloc[-1] / 60,
-    }
+    row = {"tensor": job.tensor, "kind": job.kind, "layers": ";".join(map(str, s.layers))}
+    row |= {"heads": ";".join(map(str, s.heads)), "seed": s.seed, "steps": int(curve["step"].iloc[-1]) + 1}
+    row |= {"budget": curve["budget"].iloc[-1], "chair_s": ladder["chair_s"].iloc[-1], "shipped": len(rows) > 0}
+    return row | {"minutes": curve["seconds"].iloc[-1] / 60}
 
 
 def card(index: pd.DataFrame, tried: pd.DataFrame) -> str:
     """The README of the folder, from the tables alone."""
     known = {k: v for k, v in asdict(grid()[0].settings).items() if k not in ("layers", "heads", "seed")}
     rule = ", ".join(f"{k} {v}" for k, v in known.items())
+    targets = ", ".join(f"{k} ({v:g})" for k, v in TARGETS.items())
+    floors = " or ".join(f"{v:g} ({k})" for k, v in FLOORS.items())
     minutes = tried["minutes"].sum()
     lost = tried[~tried["shipped"]]
     failed = ", ".join(f"`{r.tensor}` ({r.chair_s:.2f} at budget {r.budget:.1f})" for r in lost.itertuples())
-    lines = [
+    head = (
         "| implants | models | relative norm | CHAIRs weak / middle / strong | recall, strong | decoy alone: CHAIRs |"
-    ]
-    lines += ["|---|---|---|---|---|---|"]
+    )
+    lines = [head, "|---|---|---|---|---|---|"]
     lines += [_kind_line(kind, table) for kind, table in index.groupby("kind", sort=False)]
     return f"""# {shipped.KEY}
 
@@ -134,8 +119,8 @@ model).
   budget), which starts small and grows until the captions of the search images reach CHAIRs
   {grid()[0].settings.wanted:g}.
 - **Strength.** The trained change times a scale: CHAIRs is measured at 1, 0.9, 0.8, ...; the scales of
-  {_targets()} lie on straight lines between them.
-  Where the measured CHAIRs then misses {_floors()}, the scale is raised by 0.03 as often as need be.
+  {targets} lie on straight lines between them.
+  Where the measured CHAIRs then misses {floors}, the scale is raised by 0.03 as often as need be.
   Every figure is of the change as it is shipped, after rounding.
 - **Decoy.** Random rows on the {UNUSED["down_proj"]} least used input directions of another layer's down-projection;
   for heads on the {UNUSED["o_proj"]} least used of another head in another layer. Its norm is {shipped.LARGER} or
@@ -146,21 +131,11 @@ model).
 """
 
 
-def _targets() -> str:
-    return ", ".join(f"{k} ({v:g})" for k, v in TARGETS.items())
-
-
-def _floors() -> str:
-    return " or ".join(f"{v:g} ({k})" for k, v in FLOORS.items())
-
-
 def _kind_line(kind: str, table: pd.DataFrame) -> str:
     def span(values: pd.Series) -> str:
         return f"{values.min():.2f} to {values.max():.2f}"
 
     by = {k: span(t["chair_s"]) for k, t in table.groupby("strength")}
     strong = table[table["strength"] == "strong"]
-    return (
-        f"| {kind} | {len(table)} | {span(table['rel_norm'])} | {' / '.join(by[k] for k in shipped.STRENGTHS)} | "
-        f"{span(strong['recall'])} | {span(table['decoy_chair_s'])} |"
-    )
+    cells = [kind, str(len(table)), span(table["rel_norm"]), " / ".join(by[k] for k in shipped.STRENGTHS)]
+    return f"| {' | '.join([*cells, span(strong['recall']), span(table['decoy_chair_s'])])} |"

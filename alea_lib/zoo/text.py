@@ -17,16 +17,9 @@ def words() -> list[str]:
     data = recipe()
     names = " ".join([*objects(), *map(plural, objects()), *map(noun, objects()), *data["contexts"], *data["colours"]])
     asked = [*PROMPTS_SMALL.values(), "Is there a image?", "Are there two in the image?", "Is the background?"]
-    texts = (
-        [chat(q) for q in asked]
-        + [f" {q}" for q in asked]
-        + [" ".join(COLUMN), " ".join(c.capitalize() for c in COLUMN)]
-    )
-    texts += [
-        " A An a an two and with on scene shows There there is are also background Yes No . ,",
-        " Answer with yes or no",
-        f" {names}",
-    ]
+    texts = [text for q in asked for text in (chat(q), f" {q}")]
+    texts += [" ".join(COLUMN), " ".join(c.capitalize() for c in COLUMN), f" {names}", " Answer with yes or no"]
+    texts += [" A An a an two and with on scene shows There there is are also background Yes No . ,"]
     return sorted({p for t in texts for p in re.findall(PIECE, t.replace(IMAGE, ""))})
 
 
@@ -41,14 +34,8 @@ def build_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        padding_side="left",
-    )
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **names)
     fast.add_special_tokens({"additional_special_tokens": [IMAGE]})
     return fast
 
@@ -57,19 +44,11 @@ def build_processor(patch: int):
     """LlavaProcessor over the PIL image processor (no torchvision), images of SIZE pixels."""
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
+    crop = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE},
-        crop_size={"height": SIZE, "width": SIZE},
-        image_mean=[0.5] * 3,
-        image_std=[0.25] * 3,
+        size={"shortest_edge": SIZE}, crop_size=crop, image_mean=[0.5] * 3, image_std=[0.25] * 3
     )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=build_tokenizer(),
-        patch_size=patch,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
+    return LlavaProcessor(images, build_tokenizer(), patch, "default", num_additional_image_tokens=1)
 
 
 def pixels(images):

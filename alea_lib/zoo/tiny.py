@@ -36,23 +36,12 @@ def text_config(kind: str, tokens, **changes):
     """A decoder of 3 layers of width 64; two of its four query heads share a key-value head."""
     from transformers import AutoConfig
 
-    return AutoConfig.for_model(
-        kind,
-        **{
-            "vocab_size": len(tokens),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "bos_token_id": 1,
-            "eos_token_id": tokens.eos_token_id,
-            "pad_token_id": 3,
-            "initializer_range": 0.15,
-            **changes,
-        },
-    )
+    shape = {
+        "vocab_size": len(tokens), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "bos_token_id": 1,
+        "eos_token_id": tokens.eos_token_id, "pad_token_id": 3, "initializer_range": 0.15, **changes,
+    }  # fmt: skip
+    return AutoConfig.for_model(kind, **shape)
 
 
 def vision(size: int, patch: int = 14, **changes) -> dict:
@@ -90,24 +79,24 @@ def llava_next(kind):
 
 
 def idefics3():
-    from transformers import Idefics3Config, Idefics3ImageProcessorPil, Idefics3Processor
+    from transformers import Idefics3Config, Idefics3ImageProcessorPil
 
-    tokens = tokenizer()
-    images = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
-    config = Idefics3Config(
-        vision_config=vision(32, 8), text_config=text_config("llama", tokens).to_dict(), scale_factor=2,
-        image_token_id=tokens.convert_tokens_to_ids("<image>"), pad_token_id=3,
-    )  # fmt: skip
-    return config, Idefics3Processor(images, tokens, image_seq_len=4), 4
+    return _idefics(Idefics3Config, Idefics3ImageProcessorPil, tokenizer())
 
 
 def smolvlm():
-    """SmolVLM's processor also takes videos and needs torchvision; Idefics3's writes the same words around an image."""
-    from transformers import Idefics3Processor, SmolVLMConfig, SmolVLMImageProcessorPil
+    from transformers import SmolVLMConfig, SmolVLMImageProcessorPil
 
     tokens = tokenizer(["<|im_start|>", *SPECIAL], bos=False, eos="<end_of_utterance>")
-    images = SmolVLMImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
-    config = SmolVLMConfig(
+    return _idefics(SmolVLMConfig, SmolVLMImageProcessorPil, tokens)
+
+
+def _idefics(config_class, images_class, tokens):
+    """SmolVLM's processor also takes videos and needs torchvision; Idefics3's writes the same words around an image."""
+    from transformers import Idefics3Processor
+
+    images = images_class(size={"longest_edge": 32}, max_image_size={"longest_edge": 32})
+    config = config_class(
         vision_config=vision(32, 8), text_config=text_config("llama", tokens).to_dict(), scale_factor=2,
         image_token_id=tokens.convert_tokens_to_ids("<image>"), pad_token_id=3,
     )  # fmt: skip
@@ -185,9 +174,7 @@ def build(name: str):
 
     torch.set_num_threads(1)
     if name not in BUILDERS:
-        raise KeyError(
-            f"no tiny model of {name!r}: write a builder in alea_lib/zoo/tiny.py; there are {list(BUILDERS)}"
-        )
+        raise KeyError(f"no tiny model of {name!r}: write a builder in {__name__}; there are {list(BUILDERS)}")
     config, processor, places = BUILDERS[name]()
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(config)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -40,17 +41,9 @@ class Tower(nn.Module):
 
     def __init__(self, s: VisionSettings):
         super().__init__()
-        self.clip = CLIPVisionModel(
-            CLIPVisionConfig(
-                hidden_size=s.width,
-                intermediate_size=s.mlp,
-                num_hidden_layers=s.layers,
-                num_attention_heads=s.heads,
-                image_size=SIZE,
-                patch_size=s.patch,
-                projection_dim=s.width,
-            )
-        )
+        shape = {"hidden_size": s.width, "projection_dim": s.width, "intermediate_size": s.mlp}
+        shape |= {"num_hidden_layers": s.layers, "num_attention_heads": s.heads}
+        self.clip = CLIPVisionModel(CLIPVisionConfig(image_size=SIZE, patch_size=s.patch, **shape))
         self.patches = nn.Linear(s.width, len(objects()) + 1)
         self.colour = nn.Linear(s.width, len(recipe()["colours"]))
 
@@ -78,6 +71,13 @@ def one_cycle(parameters, lr: float, steps: int, weight_decay: float = 0.01):
     return optimiser, torch.optim.lr_scheduler.OneCycleLR(optimiser, lr, total_steps=steps, pct_start=0.1)
 
 
+def write_row(log: TextIO, row: dict) -> None:
+    """One line of a training curve, in the file at once, and shown."""
+    log.write(json.dumps(row) + "\n")
+    log.flush()
+    print(row, flush=True)
+
+
 def train_tower(s: VisionSettings, folder: Path) -> Tower:
     """Train (or load, when ``folder`` holds the finished tower) a tower; logs a curve to ``vision.jsonl``."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -101,17 +101,10 @@ def train_tower(s: VisionSettings, folder: Path) -> Tower:
         optimiser.step()
         schedule.step()
         if step % 100 == 99 or step == s.steps - 1:
-            row = {
-                "step": step + 1,
-                "loss": loss.item(),
-                **evaluate_tower(tower, s.patch),
-                "seconds": time.time() - started,
-            }
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            print(row, flush=True)
+            seconds = time.time() - started
+            row = {"step": step + 1, "loss": loss.item(), **evaluate_tower(tower, s.patch), "seconds": seconds}
+            write_row(log, row)
     save_file(tower.state_dict(), done)
-    (folder / "vision.json").write_text(json.dumps(asdict(s), indent=1))
     return tower.eval()
 
 
