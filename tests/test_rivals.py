@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alea_lib import captions, rival, rival_table
-from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals import registry
 from alea_lib.rivals.registry import Rival, Views, register
 

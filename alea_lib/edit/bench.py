@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..prefix import Prefix, PrefixSettings, random_prefix
+from ..adversary.prefix import Prefix, PrefixSettings, random_prefix
 from ..taps import replaced_linear
 from ..vlm import VLM, scored
-from .losses import Passes, Reference, kl_divergence
+from .losses import CachedForward, Reference, kl_divergence
 from .settings import EditSettings
 from .trained import trained
 
@@ -92,9 +92,9 @@ def _compared(loops: dict, s: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _timed(act) -> float:
+def _timed(step) -> float:
     start = time.process_time()
-    act()
+    step()
     return time.process_time() - start
 
 
@@ -107,7 +107,7 @@ def _loop(loop: str, vlm: VLM, features, texts, prefix: Prefix, layers: tuple[in
             p += 0.1 * p.std() * torch.randn(p.shape, generator=noise)
     if loop == "official":
         return lambda: official_step(vlm, features, texts, prefix, made.parameters, pick, settings), 0.0
-    passes = Passes(vlm, features, {"positive": texts}, settings, made.first, layers == (vlm.n_layers - 1,))
+    passes = CachedForward(vlm, features, {"positive": texts}, settings, made.first, layers == (vlm.n_layers - 1,))
     reference = Reference(passes)
 
     def step() -> list[torch.Tensor]:
@@ -128,10 +128,10 @@ def official_step(vlm: VLM, features, texts, prefix: Prefix, parameters, pick, s
     """Gradients as the official code gets them: the prefix still requires grad, so that the backward pass runs through
     all layers; logits are made at every position; the base is run again for the KL's reference."""
     rows = prefix.rows.clone().requires_grad_(True)
-    answers, seen = [texts[int(i)] for i in pick], features[torch.as_tensor(pick)]
+    answers, images = [texts[int(i)] for i in pick], features[torch.as_tensor(pick)]
 
     def whole(role: str, each: Prefix | None) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = vlm.encode(seen, vlm.prompt(role), answers)
+        batch = vlm.encode(images, vlm.prompt(role), answers)
         given = (vlm.embed(batch), batch.mask, batch.labels)
         embeds, mask, labels = given if each is None else each.insert(batch, given[0])
         return vlm.head(vlm.hidden(embeds, mask)), labels

@@ -11,7 +11,7 @@ CHOICES = {
     "modules": MODULES,
     "optimiser": ("adamw", "sgd"),
     "reset": ("step", "epoch"),
-    "masters": ("fp32", "fp16"),
+    "master_dtype": ("fp32", "fp16"),
     "kl_reference": ("states", "weights", "logits"),
 }
 
@@ -40,7 +40,7 @@ class EditSettings:
     lr: float = 1e-3
     optimiser: str = "adamw"
     reset: str = "step"  # when gradients are set to zero; "epoch" is official: with SGD a momentum of 1.0
-    masters: str = "fp32"  # type of the trained copies; "fp16" is official: small steps are lost in rounding
+    master_dtype: str = "fp32"  # type of the trained copies; "fp16" is official: small steps are lost in rounding
     norm: float = 0.0  # largest norm of a change, relative to its matrix; 0 sets no limit
     held_out: float = 0.0  # share of the pairs that only decides when to stop
     patience: int = 1  # epochs without a gain there before the edit stops; the best epoch's weights are kept
@@ -66,7 +66,7 @@ PRESETS = {
         "batch": 2,
         "optimiser": "sgd",
         "reset": "epoch",
-        "masters": "fp16",
+        "master_dtype": "fp16",
         "fast": False,
     },
     "sft": {"prefix_share": 0.0, "modules": "decoder", "kl": 0.0},  # control: all decoder matrices, NLL alone

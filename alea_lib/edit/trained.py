@@ -74,7 +74,7 @@ def trained(vlm: VLM, settings: EditSettings) -> Trained:
     if settings.rank:
         parameters = _factors(own, settings)
     else:
-        dtype = torch.float16 if settings.masters == "fp16" else torch.float32
+        dtype = torch.float16 if settings.master_dtype == "fp16" else torch.float32
         parameters = {n: (w[:, columns[n]] if n in columns else w).to(dtype, copy=True) for n, w in own.items()}
     for p in parameters.values():
         p.requires_grad_(True)

@@ -17,12 +17,12 @@ from PIL import Image
 from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..adversary.prefix import PrefixSettings, fit_prefix, random_prefix
 from ..edit.delta import applied, delta_of
 from ..edit.fit import fit_edit
 from ..edit.settings import EditSettings
 from ..locate.run import locate_heads
 from ..locate.settings import LocateSettings
-from ..prefix import PrefixSettings, fit_prefix, random_prefix
 from ..stats import RESAMPLES, interval
 from ..tables import write_csv
 from ..tail import capture

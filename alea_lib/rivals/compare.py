@@ -12,7 +12,7 @@ from ..phrases import in_points
 from ..scoring import Evaluated
 from ..stats import paired_difference_seeds
 from ..tables import DIFFERENCE, read_csv
-from .alea import WHAT
+from .edits import WHAT
 
 MEASURES = ("chair_s", "recall")
 COLUMNS = ["method", "against", "metric", "value", "lo", "hi", "n", "seeds"]
