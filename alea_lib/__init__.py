@@ -111,8 +111,6 @@ _EXPORTS = {
     "save_delta": "edit.delta",
     "load_delta": "edit.delta",
     "control_layers": "edit.settings",
-    "edit_method": "edit.methods",
-    "edit_settings": "edit.methods",
     "adversary_settings": "edit.methods",
     "EditRequest": "edit.methods",
     "fit_method": "edit.methods",

@@ -6,7 +6,7 @@ import pytest
 from alea_lib import edit_pages, read_truth, summarise
 from alea_lib.edit import ablate, trial
 from alea_lib.edit.ablate import FACTORS, Places, ablation_levels, ablation_rows, ablation_trial
-from alea_lib.edit.methods import edit_settings
+from alea_lib.edit.methods import EditRequest
 from alea_lib.edit.trial import BASE, EditBench, EditCase, EditTrialSettings
 from alea_lib.measures.frontier import frontier_gap
 from alea_lib.tables import METHOD_NAMES, DataError
@@ -40,7 +40,7 @@ def test_every_level_is_an_edit_that_can_be_made(name):
     for each in levels:
         changes = {"epochs": 3, **each.case.changes}
         layers = changes.pop("layers", (1, 2))
-        edit_settings(each.case.method, 4, layers, ((1, 0),), each.case.seed, **changes)
+        EditRequest(each.case.method, layers, ((1, 0),), seed=each.case.seed, changes=changes).settings(4)
         assert ("attacked" in each.case.conditions) == FACTORS[name].attacked
 
 

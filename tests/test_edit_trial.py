@@ -9,7 +9,7 @@ from alea_lib import read_truth
 from alea_lib.adversary.prefix import Prefix, save_prefix
 from alea_lib.edit import methods, trial
 from alea_lib.edit.delta import applied
-from alea_lib.edit.methods import METHODS, EditRequest, adversary_settings, edit_settings, method_prefix, read_adversary
+from alea_lib.edit.methods import METHODS, EditRequest, adversary_settings, method_prefix, read_adversary
 from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings, edit_trial, trial_rows
 from alea_lib.tables import METHOD_NAMES, DataError
 
@@ -40,7 +40,8 @@ def test_methods_have_the_names_of_the_tables():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_settings(name):
-    s = edit_settings(name, 6, (2, 3), ((1, 0),), seed=4, epochs=9, lr=0.5, kl=0.7)
+    changes = {"epochs": 9, "lr": 0.5, "kl": 0.7}
+    s = EditRequest(name, (2, 3), ((1, 0),), seed=4, changes=changes).settings(6)
     assert s.seed == 4
     assert bool(s.prefix_share) == (METHODS[name].adversary != "")
     official, sft = name == "alea-official", name == "sft"
@@ -50,21 +51,22 @@ def test_every_method_has_settings(name):
 
 def test_places():
     def place(name):
-        return edit_settings(name, 6, (2, 3), ((4, 1), (0, 2))).layers
+        return EditRequest(name, (2, 3), ((4, 1), (0, 2))).settings(6).layers
 
     assert place("no-prefix") == (2, 3) and place("last-layer") == (5,) and place("sft") == tuple(range(6))
     assert len(place("random-layers")) == 2 and place("all-layers") == tuple(range(6))
-    assert edit_settings("heads", 6, (2, 3), ((4, 1), (0, 2))).heads == ((4, 1), (0, 2))
-    assert edit_settings("alea-official", 6, (2, 3), official=(5,)).layers == (5,)  # the official code's own place
-    assert edit_settings("alea-official", 6, (2, 3)).layers == (2, 3)
-    assert edit_settings("alea-mixed", 6, (2, 3), official=(5,)).layers == (2, 3)
+    assert EditRequest("heads", (2, 3), ((4, 1), (0, 2))).settings(6).heads == ((4, 1), (0, 2))
+    official = EditRequest("alea-official", (2, 3), official=(5,))
+    assert official.settings(6).layers == (5,)  # the official code's own place
+    assert EditRequest("alea-official", (2, 3), official=()).settings(6).layers == (2, 3)
+    assert EditRequest("alea-mixed", (2, 3), official=(5,)).settings(6).layers == (2, 3)
 
 
 def test_bad_methods_are_told():
     with pytest.raises(KeyError, match="alea-mixed"):
-        edit_settings("alea-mixd", 6, (2,))
+        EditRequest("alea-mixd", (2,)).settings(6)
     with pytest.raises(ValueError, match="located_heads"):
-        edit_settings("heads", 6, (2,))
+        EditRequest("heads", (2,)).settings(6)
     with pytest.raises(KeyError, match="contrast"):
         adversary_settings("gradient", None, [], 0)
 
@@ -107,6 +109,8 @@ def test_what_is_edited_is_loaded_in_full_precision(name, monkeypatch):
     methods.load_for_edit("some", EditRequest(name, (2, 3), ((4, 1), (4, 2))), True)
     layers, parts = ((4,), ("o_proj",)) if name == "heads" else ((2, 3), None)
     assert asked["args"] == ("some", True, layers) and asked.get("edited_parts") == parts
+    methods.load_for_edit("some", EditRequest("heads"), True)  # not located yet: any layer may be edited
+    assert asked["args"] == ("some", True, None)
 
 
 # ---- the trial

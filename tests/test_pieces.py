@@ -13,6 +13,7 @@ from alea_lib.edit.fit import _Run, fit_edit
 from alea_lib.edit.losses import CachedForward, Reference
 from alea_lib.edit.settings import EditSettings
 from alea_lib.edit.spill import SpillCache, scratch
+from alea_lib.edit.trained import trained
 from alea_lib.tail import Cached
 
 SETTINGS = EditSettings(layers=(2, 3), prefix_share=0.5, epochs=2, batch=6, unlikelihood=0.3, kl=0.4)
@@ -103,10 +104,10 @@ def test_a_whole_edit_leaves_no_files(vlm, seen, told, tmp_path):
 
 def test_the_reference_too(vlm, seen, told, tmp_path):
     vlm.limits = Limits(keep=0)
-    passes = CachedForward(vlm, seen, {"positive": told}, SETTINGS, 2, False, tmp_path)
+    passes = CachedForward(vlm, seen, {"positive": told}, SETTINGS, trained(vlm, SETTINGS), tmp_path)
     reference, plain = Reference(passes), None
     vlm.limits = Limits()
-    plain = Reference(CachedForward(vlm, seen, {"positive": told}, SETTINGS, 2, False))
+    plain = Reference(CachedForward(vlm, seen, {"positive": told}, SETTINGS, trained(vlm, SETTINGS)))
     pick = np.array([4, 1])
     for _ in range(2):
         assert torch.equal(reference(pick), plain(pick))

@@ -14,7 +14,7 @@ from alea_lib.adversary.prefix import adversary_preset, fit_prefix, random_like
 from alea_lib.batch import Limits
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import fit_edit
-from alea_lib.edit.methods import EditRequest, edit_settings, fit_method, located_heads
+from alea_lib.edit.methods import EditRequest, fit_method, located_heads
 from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings
 from alea_lib.locate.choose import choose_heads
 from alea_lib.locate.run import locate_heads, locate_layers
@@ -243,9 +243,9 @@ def test_edits_of_the_study_are_made_where_and_how_their_names_say(tiny, seen, p
 
 def test_rows_of_the_study_differ_by_their_adversary_and_place_alone(tiny, seen, pairs):
     """Each equals the edit that the trial of notebook 10 makes of the same settings."""
-    how = {"seed": 3, "epochs": 1, "lr": 1e-3, "kl": 0.2}
+    changes = {"epochs": 1, "lr": 1e-3, "kl": 0.2}
     for name in ("no-prefix", "random-prefix"):
-        edit = edit_settings(name, tiny.n_layers, (1,), **how)
+        edit = EditRequest(name, (1,), seed=3, changes=changes).settings(tiny.n_layers)
         how_tuned = adversary_preset("contrast", length=5, steps=2, seed=3)
         answers = pairs["negative"].tolist(), pairs["positive"].tolist()
         tuned, _ = fit_prefix(tiny, seen, answers[0], how_tuned, answers[1])

@@ -32,11 +32,10 @@ def prefix_evidence(
 ) -> pd.DataFrame:
     """What prefixes do on pairs; None is no prefix, for comparison.
 
-    Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
-    KL(seeing || blind) at the tokens of the positive; with ``truth`` also what the model then writes about these
-    images (chair_s, chair_i, recall, words; _lo and _hi of the first and the third, 95 % over images; NaN where a
-    measure is not defined, as chair_i is for captions that name nothing), all as answers to the prompt of the role
-    ``prompt``; n pairs. Empty when there are no pairs.
+    Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token; image_effect, KL(seeing || blind) at
+    the tokens of the positive; with ``truth`` also chair_s, chair_i, recall and words of what the model then writes
+    (_lo and _hi of the first and the third, 95 % over images; NaN where undefined); n pairs. ``prompt``: the role of
+    the prompt that all these answer. Empty when there are no pairs.
     """
     rows = []
     for name, each in prefixes.items():

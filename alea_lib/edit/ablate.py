@@ -139,12 +139,9 @@ def _case(factor: Factor, what: dict, seed: int, places: Places, n_pairs: int) -
     )  # fmt: skip
 
 
-# ---- the act
-
-
 def ablation_trial(benches: Mapping[str, EditBench], levels: list[Level]) -> pd.DataFrame:
     """Run all cases, each once, and the unedited model: the items of :func:`edit_trial`, and ``kl_clean`` on the test
-    split's captions. ``benches``: label source -> pairs, model and pictures; what is finished is kept in their folders.
+    split's captions. ``benches``: label source -> pairs, model and images; what is finished is kept in their folders.
     DataError when a case asks for more pairs than there are.
     """
     parts = []
@@ -166,7 +163,7 @@ def ablation_trial(benches: Mapping[str, EditBench], levels: list[Level]) -> pd.
 
 
 def _drift(bench: EditBench, case: EditCase) -> pd.DataFrame:
-    """Items of kl_clean, nats a token on truthful captions of the test pictures; kept in ``<name>-kl.parquet``."""
+    """Items of kl_clean, nats a token on truthful captions of the test images; kept in ``<name>-kl.parquet``."""
     path = bench.folder / f"{case.name}-kl.parquet"
     if not path.exists():
         found = ability(bench.vlm, bench.test_features, first_references(bench.test), bench.fit(case))
@@ -175,15 +172,11 @@ def _drift(bench: EditBench, case: EditCase) -> pd.DataFrame:
     return read_parquet(path).assign(**keys)
 
 
-# ---- the record
-
-
 def ablation_rows(items: pd.DataFrame, levels: list[Level], benches: Mapping[str, EditBench]) -> pd.DataFrame:
-    """The record: every level of every factor under every condition, and its paired difference to the reference.
+    """The record (COLUMNS): every level under every condition, and its paired difference to the reference level.
 
-    Columns: factor, level, method, condition, metric (chair_s, recall, words, kl_clean, frontier_gap), against ("" for
-    the values themselves, else the reference level), value, lo, hi, n (images), seeds. Means over seeds; intervals
-    resample seeds and images, those of frontier_gap images alone. The unedited model is the factor ``base``.
+    ``against`` is "" for the values themselves. Means over seeds; intervals resample seeds and images, those of
+    frontier_gap images alone. The unedited model is the factor ``base``.
     """
     items = items[items["metric"].isin(SHOWN)]
     parts = []

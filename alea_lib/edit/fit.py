@@ -41,13 +41,11 @@ def fit_edit(
 ) -> tuple[Delta, pd.DataFrame]:
     """Compute an edit; the model is left bit-equal.
 
-    features [N,P,D] and positives [N] are the images and grounded answers of the pairs; ``prefix`` may be None when
-    ``settings.prefix_share`` is 0, or several, which take turns. ``negatives`` [N] serve the unlikelihood term and,
-    with ``adversary``, the rounds: the prefix is then tuned again, against the model as it is edited by then.
-    Returns the delta and its curve (step, prefixed, terms of the loss, held_out once an epoch). With a checkpoint
-    path, a run that was cut off goes on after its last whole epoch and ends in the same delta.
-    Raises ValueError for empty pairs or settings out of range, FloatingPointError when the loss is not finite (the
-    checkpoint has the last whole epoch), OSError when the disk is full.
+    ``features`` [N,P,D] and ``positives`` [N]: images and grounded answers. ``prefix``: one, several that take turns,
+    or None when ``settings.prefix_share`` is 0. ``negatives`` [N] serve the unlikelihood and, with ``adversary``, the
+    rounds. Returns the delta and its curve (step, prefixed, terms of the loss, held_out once an epoch). With a
+    checkpoint, a run that was cut off goes on after its last whole epoch and ends in the same delta. ValueError for
+    empty pairs or settings out of range, FloatingPointError for a loss that is not finite, OSError for a full disk.
     """
     prefixes = [prefix] if isinstance(prefix, Prefix) else list(prefix or [])
     _check_input(positives, prefixes, settings, negatives, adversary)
@@ -72,9 +70,7 @@ def _check_input(positives, prefixes, settings: EditSettings, negatives, adversa
     if settings.prefix_share and not prefixes:
         raise ValueError(f"prefix_share is {settings.prefix_share} but no prefix was given; fit one or set it to 0")
     if settings.unlikelihood and negatives is None:
-        raise ValueError(
-            f"unlikelihood is {settings.unlikelihood} but no negatives were given; give them or set it to 0"
-        )
+        raise ValueError(f"unlikelihood is {settings.unlikelihood}: give negatives, or set it to 0")
     if settings.rounds > 1 and (negatives is None or adversary is None):
         raise ValueError(f"rounds is {settings.rounds}: give negatives and the adversary's settings, or set it to 1")
 
@@ -101,8 +97,7 @@ class _Run:
         self.optimiser = optimiser(self.trained.parameters.values(), lr=settings.lr, weight_decay=0.0)
         self.scale = loss_scale(vlm.model.dtype)
         scale_gradient(self.trained.parameters.values(), self.scale)
-        last = list(self.trained.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
-        self.passes = CachedForward(vlm, features, self.texts, settings, self.trained.first, last, folder)
+        self.passes = CachedForward(vlm, features, self.texts, settings, self.trained, folder)
         self.reference = Reference(self.passes)
         held = int(settings.held_out * len(positives))
         mixed = np.random.default_rng([settings.seed, 5]).permutation(len(positives))
@@ -159,7 +154,6 @@ class _Run:
                 (self.scale * getattr(s, name) * share * term).backward()
                 row[name] += share * term.item()
         self.optimiser.step()
-        self.trained.limit(s.norm)
         return row
 
     def share(self, name: str, piece: np.ndarray, whole: np.ndarray) -> float:

@@ -16,6 +16,7 @@ from ..taps import replaced_linear
 from ..vlm import VLM, Batch, scored
 from .settings import EditSettings
 from .spill import SpillCache
+from .trained import Trained
 
 BLOCK = 24
 
@@ -54,8 +55,8 @@ def unlikelihood(logits: torch.Tensor, labels: torch.Tensor, unsaid: torch.Tenso
 class CachedForward:
     """Logits of items under a condition, (texts, prompt role, prefix number), with weights in place of the model's.
 
-    With ``settings.fast`` the input of the ``first`` edited layer is computed once an item and condition; for the
-    ``last`` layer's down-projection alone, all that surrounds it. Beyond the model's limit (``keep``) it is cached in
+    With ``settings.fast`` the input of the first edited layer is computed once an item and condition; for the last
+    layer's down-projection alone, all that surrounds it. Beyond the model's limit (``keep``) it is cached in
     ``folder`` or, without one, computed again.
     """
 
@@ -65,14 +66,14 @@ class CachedForward:
         features,
         texts: dict[str, list[str]],
         settings: EditSettings,
-        first: int,
-        last: bool,
+        made: Trained,
         folder: Path | None = None,
     ):
         self.vlm, self.features, self.texts, self.settings = vlm, features, texts, settings
-        self.first, self.last, self.folder = first, last, folder
+        self.first, self.folder = made.first, folder
+        self.last = list(made.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
         # where mask or positions depend on the item, a cached input cannot be run without it
-        self.fast = settings.fast and first > 0 and not settings.prefix_dropout and vlm.row.told is causal
+        self.fast = settings.fast and made.first > 0 and not settings.prefix_dropout and vlm.row.told is causal
         self.kept = SpillCache(vlm.limits.keep, folder and folder / "inputs")
 
     def encode(self, key: str, role: str, pick: np.ndarray) -> Batch:

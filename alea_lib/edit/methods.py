@@ -66,40 +66,11 @@ def edit_method(name: str) -> EditMethod:
     return METHODS[name]
 
 
-def edit_settings(
-    name: str,
-    n_layers: int,
-    located: tuple[int, ...],
-    heads: tuple[tuple[int, int], ...] = (),
-    seed: int = 0,
-    official: tuple[int, ...] = (),
-    **changes,
-) -> EditSettings:
-    """The settings of a method: its preset in its place, with the changes that the preset leaves open.
-
-    ``located`` layers and ``heads`` (layer, head) are a locator's; only the method that is made for heads reads these.
-    ``official``: the layers that the official code would edit (see :func:`alea_lib.official_layers`), where
-    `alea-official` is made; if there are none given, in the located ones. KeyError for an unknown method, ValueError
-    for heads that are missing or values out of range.
-    """
-    method = edit_method(name)
-    changes = {k: v for k, v in changes.items() if k not in KEPT.get(method.preset, ())}
-    changes |= {"seed": seed, **dict(method.changes)}
-    if method.place == "heads":
-        if not heads:
-            raise ValueError("the edit `heads` needs heads, (layer, head): give some, or those of located_heads")
-        return preset(method.preset, heads=tuple(map(tuple, heads)), layers=(), **changes)
-    layers = tuple((method.place == "official" and official) or located)
-    if method.place in CONTROLS:
-        layers = control_layers(method.place, n_layers, k=len(located), seed=seed)
-    return preset(method.preset, layers=layers, **changes)
-
-
 @dataclass(frozen=True)
 class EditRequest:
     """One edit by its method's name. ``layers``: the located ones. ``heads`` that are not given are located when the
-    method is made for heads; so are ``official`` layers that are None (() stands for the located ones). ``changes``: of
-    the edit's settings."""
+    method is made for heads; so are ``official`` layers (see :func:`alea_lib.official_layers`) that are None, while ()
+    stands for the located ones. ``changes``: of the edit's settings, as far as the method leaves them open."""
 
     method: str
     layers: tuple[int, ...] = ()
@@ -111,10 +82,19 @@ class EditRequest:
     prefix_steps: int = 100
 
     def settings(self, n_layers: int) -> EditSettings:
-        """The edit's settings, see :func:`edit_settings`."""
-        return edit_settings(
-            self.method, n_layers, self.layers, self.heads, self.seed, self.official or (), **self.changes
-        )
+        """The method's preset in its place, with the changes. KeyError for an unknown method, ValueError for heads
+        that are missing or values out of range."""
+        method = edit_method(self.method)
+        changes = {k: v for k, v in self.changes.items() if k not in KEPT.get(method.preset, ())}
+        changes |= {"seed": self.seed, **dict(method.changes)}
+        if method.place == "heads":
+            if not self.heads:
+                raise ValueError("the edit `heads` needs heads, (layer, head): give some, or those of located_heads")
+            return preset(method.preset, heads=tuple(map(tuple, self.heads)), layers=(), **changes)
+        layers = tuple((method.place == "official" and self.official) or self.layers)
+        if method.place in CONTROLS:
+            layers = control_layers(method.place, n_layers, k=len(self.layers), seed=self.seed)
+        return preset(method.preset, layers=layers, **changes)
 
     def adversary(self, kind: str, vlm: VLM, negatives: list[str], n_image: int) -> PrefixSettings:
         """The settings of its adversary of a kind, see :func:`adversary_settings`."""

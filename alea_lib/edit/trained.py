@@ -36,20 +36,6 @@ class Trained:
                 out[name] = self.parameters[name]
         return out
 
-    @torch.no_grad()
-    def limit(self, norm: float) -> None:
-        """Shrink each change to at most ``norm`` times the norm of its matrix."""
-        for name, weight in self.weights().items() if norm else ():
-            change = weight.float() - self.own[name]
-            factor = (norm * self.own[name].norm() / change.norm().clamp(min=1e-30)).clamp(max=1.0)
-            if factor == 1:
-                continue
-            if self.rank:
-                self.parameters[f"{name}.B"].mul_(factor)
-                continue
-            near = self.own[name] + factor * change
-            self.parameters[name].copy_(near[:, self.columns[name]] if name in self.columns else near)
-
     def finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters.values())
 

@@ -1,4 +1,4 @@
-"""The trial of the edits: each case is fitted, then captioned clean, asked to speculate, and under attacks."""
+"""The trial of the edits: each case is fitted, then writes captions: clean, speculative, and under attacks."""
 
 from __future__ import annotations
 
@@ -179,9 +179,8 @@ ROWS = ["label", "method", "condition", "metric", "against", "value", "lo", "hi"
 def trial_rows(items: pd.DataFrame, against: Iterable[str] = (BASE,)) -> pd.DataFrame:
     """The trial's record: every label under every condition, and its paired difference to the labels ``against``.
 
-    Means over seeds; the intervals resample seeds and images (:func:`alea_lib.stats.summarise_seeds`), differences are
-    paired by image and seed. ``against`` is "" for the values themselves; ``n`` counts images, ``seeds`` the seeds.
-    DataError when a label lacks a seed that the other has.
+    Means over seeds; the intervals resample seeds and images, differences are paired by both. ``against`` is "" for the
+    values themselves; ``n`` counts images. DataError when a label lacks a seed that the other has.
     """
     by = {key: dict(list(part.groupby("seed"))) for key, part in items.groupby(["label", "condition"], sort=False)}
     method = dict(zip(items["label"], items["method"]))
@@ -191,22 +190,15 @@ def trial_rows(items: pd.DataFrame, against: Iterable[str] = (BASE,)) -> pd.Data
         rows.append(summarise_seeds(seeds).assign(against="", **keys))
         for other in against:
             if label not in (other, BASE) and (other, condition) in by:
-                change = paired_difference_seeds(seeds, _same(by[other, condition], seeds))
-                rows.append(change.assign(against=other, **keys))
+                found = by[other, condition]  # all its seeds where it lacks one, so that the error names both
+                same = {s: found[s] for s in seeds} if set(seeds) <= set(found) else found
+                rows.append(paired_difference_seeds(seeds, same).assign(against=other, **keys))
     return pd.concat(rows, ignore_index=True)[ROWS]
 
 
-def _same(found: dict, seeds: dict) -> dict:
-    """The other label's items of these seeds; all of them where it lacks one, so that the error names both."""
-    return {s: found[s] for s in seeds} if set(seeds) <= set(found) else found
-
-
 def robustness_scores(rows: pd.DataFrame, world: str, model: str, max_new_tokens: int) -> pd.DataFrame:
-    """The trial's record as rows of ``metrics.csv``: values, and differences to the base as ``<metric>_diff``.
-
-    Means over seeds, so ``seed`` is empty; what the contract has no column for (differences to another method than the
-    base, attacks tuned on another model) stays in ``robustness.csv``.
-    """
+    """The trial's record as rows of ``metrics.csv``: values, and differences to the base as ``<metric>_diff``, means
+    over seeds. Differences to other methods and transferred attacks have no columns there."""
     known = rows[rows["against"].isin(["", BASE]) & (rows["condition"] != "transferred")]
     known = known[known["label"] == known["method"]]
     keys = {"world": world, "model": model, "split": "test", "benchmark": "chair", "scorer": "singularise"}

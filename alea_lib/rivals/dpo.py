@@ -61,9 +61,8 @@ def fit_dpo(
     edit = _edit_settings(vlm, settings)
     check_edit(edit)
     made = trained(vlm, edit)
-    last = list(made.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
     texts = {side: pairs[side].tolist() for side in SIDES}
-    passes = CachedForward(vlm, features, texts, edit, made.first, last)
+    passes = CachedForward(vlm, features, texts, edit, made)
     base: dict[tuple[str, int], float] = {}
     scale = loss_scale(vlm.model.dtype)
     scale_gradient(made.parameters.values(), scale)
