@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from .adversary.prefix import PrefixSettings, fit_prefix
 from .edit.delta import Delta, applied, load_delta, save_delta
 from .edit.fit import answer_nll, fit_edit
 from .edit.settings import EditSettings
@@ -18,7 +19,6 @@ from .families import FAMILIES
 from .layout import causal
 from .locate.run import locate_heads, locate_layers
 from .locate.settings import LocateSettings
-from .prefix import PrefixSettings, fit_prefix
 from .vlm import VLM, load
 from .zoo.tiny import BUILDERS, build
 

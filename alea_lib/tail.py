@@ -1,4 +1,4 @@
-"""Frozen-prefix reuse: read what does not change once, then run only the layers that do.
+"""Frozen-layer reuse: compute once what does not change, then run only the layers that do.
 
 An edit of layer L and above leaves the input of L as it was. ``capture`` keeps that input for each item; ``run_tail``
 runs the layers from L on, for the scored positions' logits. When only the last layer's down-projection is edited,

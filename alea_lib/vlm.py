@@ -235,8 +235,9 @@ class VLM:
     ) -> list[Answer]:
         """Greedy answers (unless ``options`` say otherwise), batched with left padding; greedy is greedy.
 
-        ``prefix`` is an :class:`alea_lib.prefix.Prefix` whose rows are put into the embeddings. ``decoding(vlm, batch,
-        embeds, mask)``: a context manager around each batch that gives more options (:mod:`alea_lib.rivals.registry`).
+        ``prefix``: a ``Prefix`` (:mod:`alea_lib.adversary`) whose rows are put into the embeddings. ``decoding(vlm,
+        batch, embeds, mask)``: a context manager around each batch that gives more options
+        (:mod:`alea_lib.rivals.registry`).
         """
         questions = [questions] * len(features) if isinstance(questions, str) else questions
         settings = {"do_sample": False, "num_beams": 1, **options}

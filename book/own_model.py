@@ -15,7 +15,7 @@ from alea_lib import (
     ActivateSettings,
     World,
     activate,
-    adversary,
+    adversary_preset,
     applied,
     captions,
     chair,
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
     clock(f"locate: layers {layers}")
 
     wrong, right = pairs["negative"].tolist(), pairs["positive"].tolist()
-    prefix, _ = fit_prefix(vlm, features, wrong, adversary("contrast", steps=o.steps), right)
+    prefix, _ = fit_prefix(vlm, features, wrong, adversary_preset("contrast", steps=o.steps), right)
     clock("adversary")
     deltas = {"base": None}
     for method in ("no-prefix", "alea-mixed"):

@@ -3,10 +3,10 @@
 import pandas as pd
 import pytest
 
-from alea_lib import read_truth, summarise
+from alea_lib import edit_pages, read_truth, summarise
 from alea_lib.edit import ablate, trial
 from alea_lib.edit.ablate import FACTORS, Places, ablation_levels, ablation_rows, ablation_trial
-from alea_lib.edit.methods import edit_settings
+from alea_lib.edit.methods import EditRequest
 from alea_lib.edit.trial import BASE, EditBench, EditCase, EditTrialSettings
 from alea_lib.measures.frontier import frontier_gap
 from alea_lib.tables import METHOD_NAMES, DataError
@@ -40,7 +40,7 @@ def test_every_level_is_an_edit_that_can_be_made(name):
     for each in levels:
         changes = {"epochs": 3, **each.case.changes}
         layers = changes.pop("layers", (1, 2))
-        edit_settings(each.case.method, 4, layers, ((1, 0),), each.case.seed, **changes)
+        EditRequest(each.case.method, layers, ((1, 0),), seed=each.case.seed, changes=changes).settings(4)
         assert ("attacked" in each.case.conditions) == FACTORS[name].attacked
 
 
@@ -104,7 +104,7 @@ def test_a_trial_of_ablations(bench, tiny, bits, monkeypatch):
     own = items[(items["label"] == case.label) & (items["metric"] == "chair_s")]
     want = summarise(own[["image_id", "metric", "num", "den"]])["value"].item()
     assert values["unlikelihood", "0.5", "clean", "chair_s"] == want
-    gap = frontier_gap(bench.told(EditCase(BASE)), bench.told(case), bench.truth)["value"]
+    gap = frontier_gap(bench.captions(EditCase(BASE)), bench.captions(case), bench.truth)["value"]
     assert values["unlikelihood", "0.5", "clean", "frontier_gap"] == gap
     assert values["unlikelihood", "0.5", "clean", "kl_clean"] > 0
     assert {c for f, _, c, _ in values.index if f == "dropout"} == {"clean", "attacked"}
@@ -115,11 +115,11 @@ def test_a_trial_of_ablations(bench, tiny, bits, monkeypatch):
     )
     one, two = (values["dropout", level, "clean", "words"] for level in ("0.3", "0.0"))
     assert against.loc[("dropout", "0.3", "clean", "words"), "value"] == pytest.approx(one - two)
-    for name in ("fit_edit", "captions"):  # all is kept: nothing is made again
+    for name in ("fit_method", "captions"):  # all is kept: nothing is made again
         monkeypatch.setattr(trial, name, None)
     monkeypatch.setattr(ablate, "ability", None)
     pd.testing.assert_frame_equal(ablation_trial(benches, levels), items)
-    assert "`dropout`" in ablate.ablation_finding(rows)
+    assert "`dropout`" in edit_pages.ablation_finding(rows)
 
 
 def test_the_finding_says_what_is_shown_and_what_is_not():
@@ -131,7 +131,7 @@ def test_the_finding_says_what_is_shown_and_what_is_not():
     ]
     rows = pd.DataFrame(made, columns=["level", "condition", "against", "value", "lo", "hi"])
     rows = rows.assign(factor="prefix", metric="chair_s", n=300, seeds=5)
-    assert ablate.ablation_finding(rows).splitlines() == [
+    assert edit_pages.ablation_finding(rows).splitlines() == [
         "- Is it the prefix? (`prefix`, 5 seeds, 300 pictures) none 2.0% (1.0% to 3.0%).",
         "  - Shown (against none): tuned under attack -40.0 points (-50.0 to -30.0).",
         "  - Not shown (against none): tuned.",
@@ -159,11 +159,11 @@ def test_published_tables_come_first(tmp_path, monkeypatch):
         def uses(self, name):
             return tmp_path / name
 
-    none = ablate.published_ablations(Run(), "long")
-    assert ablate.beside_published(none, rows, "live")["source"].tolist() == ["live", "live"]
+    none = edit_pages.published_ablations(Run(), "long")
+    assert edit_pages.beside_published(none, rows, "live")["source"].tolist() == ["live", "live"]
     folder = tmp_path / "data" / "results" / "long"
     folder.mkdir(parents=True)
     rows[:1].assign(value=9.0).to_csv(folder / "ablations.csv", index=False)
-    found = ablate.beside_published(ablate.published_ablations(Run(), "long"), rows, "live").set_index("factor")
+    found = edit_pages.beside_published(edit_pages.published_ablations(Run(), "long"), rows, "live").set_index("factor")
     assert found.loc["place", ["source", "value"]].tolist() == ["long", 9.0] and found.loc["kl", "source"] == "live"
     assert found.loc["place", "against"] == ""

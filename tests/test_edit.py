@@ -10,12 +10,13 @@ from conftest import build_tiny
 from safetensors import safe_open
 
 from alea_lib import checkpoint
+from alea_lib.adversary.prefix import Prefix, PrefixSettings, random_prefix
 from alea_lib.edit import fit
 from alea_lib.edit.delta import Delta, WrongBase, applied, delta_of, load_delta, save_delta, weight_hash
-from alea_lib.edit.fit import answer_nll, fit_edit, kl_to_base, schedule
-from alea_lib.edit.losses import Passes, Reference
+from alea_lib.edit.fit import answer_nll, fit_edit, schedule
+from alea_lib.edit.losses import CachedForward, Reference, kl_divergence
 from alea_lib.edit.settings import EditSettings, preset
-from alea_lib.prefix import Prefix, PrefixSettings, random_prefix
+from alea_lib.edit.trained import trained
 from alea_lib.taps import replaced_linear
 
 SHORT = EditSettings(layers=(1, 3), prefix_share=0.5, epochs=2, batch=3, lr=1e-2)
@@ -227,15 +228,14 @@ def test_nll_under_a_prefix_by_hand(tiny, seen, prefix):
 def test_kl_is_that_of_two_models(tiny, seen, told, edited):
     """Mean over answer tokens of sum base * (log base - log edited), in that order."""
     settings = EditSettings(layers=(1, 3), kl_prompt="careful")
-    kept = Reference(Passes(tiny, seen, {"positive": told}, settings, 1, False))
-    kept(np.arange(6))
-    reference = torch.cat([kept.kept[i] for i in range(6)])
+    passes = CachedForward(tiny, seen, {"positive": told}, settings, trained(tiny, settings))
+    reference = Reference(passes)(np.arange(6))
     batch = tiny.encode(seen, tiny.prompt("careful"), told)
-    assert kl_to_base(tiny, batch, reference).item() == pytest.approx(0, abs=1e-6)
+    assert kl_divergence(tiny.answer_logits(batch), reference).item() == pytest.approx(0, abs=1e-6)
     base = [by_hand(tiny, seen[i : i + 1], tiny.prompt("careful"), t)[0] for i, t in enumerate(told)]
     with applied(tiny, edited[0]):
         now = [by_hand(tiny, seen[i : i + 1], tiny.prompt("careful"), t)[0] for i, t in enumerate(told)]
-        found = kl_to_base(tiny, batch, reference).item()
+        found = kl_divergence(tiny.answer_logits(batch), reference).item()
     base, now = torch.cat(base), torch.cat(now)
     want = (base.exp() * (base - now)).sum(-1).mean().item()
     back = (now.exp() * (now - base)).sum(-1).mean().item()
@@ -248,7 +248,7 @@ def test_kl_is_that_of_two_models(tiny, seen, told, edited):
 def test_references_of_the_kl_agree(tiny, seen, told, kind):
     """Whatever is kept of the base, and whichever items are asked for first, the log-probabilities are the same."""
     settings = EditSettings(kl_reference=kind, kl_prompt="careful")
-    reference = Reference(Passes(tiny, seen, {"positive": told}, settings, 2, False))
+    reference = Reference(CachedForward(tiny, seen, {"positive": told}, settings, trained(tiny, settings)))
     want = [by_hand(tiny, seen[i : i + 1], tiny.prompt("careful"), told[i])[0] for i in range(6)]
     for pick in ([4], [5, 0, 2], [0, 1, 2, 3, 4, 5]):
         torch.testing.assert_close(reference(np.array(pick)), torch.cat([want[i] for i in pick]), atol=1e-4, rtol=1e-4)

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from alea_lib import read_truth
+from alea_lib.adversary.prefix import Prefix, save_prefix
 from alea_lib.edit import methods, trial
 from alea_lib.edit.delta import applied
-from alea_lib.edit.methods import METHODS, adversary_settings, edit_settings, fit_adversary, read_adversary
+from alea_lib.edit.methods import METHODS, EditRequest, adversary_settings, method_prefix, read_adversary
 from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings, edit_trial, trial_rows
-from alea_lib.prefix import Prefix, save_prefix
 from alea_lib.tables import METHOD_NAMES, DataError
 
 SHORT = EditTrialSettings(layers=(1, 2), prefix_steps=2, attack_steps=2, max_new_tokens=6, epochs=1, lr=1e-2)
@@ -40,7 +40,8 @@ def test_methods_have_the_names_of_the_tables():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_settings(name):
-    s = edit_settings(name, 6, (2, 3), ((1, 0),), seed=4, epochs=9, lr=0.5, kl=0.7)
+    changes = {"epochs": 9, "lr": 0.5, "kl": 0.7}
+    s = EditRequest(name, (2, 3), ((1, 0),), seed=4, changes=changes).settings(6)
     assert s.seed == 4
     assert bool(s.prefix_share) == (METHODS[name].adversary != "")
     official, sft = name == "alea-official", name == "sft"
@@ -50,32 +51,34 @@ def test_every_method_has_settings(name):
 
 def test_places():
     def place(name):
-        return edit_settings(name, 6, (2, 3), ((4, 1), (0, 2))).layers
+        return EditRequest(name, (2, 3), ((4, 1), (0, 2))).settings(6).layers
 
     assert place("no-prefix") == (2, 3) and place("last-layer") == (5,) and place("sft") == tuple(range(6))
     assert len(place("random-layers")) == 2 and place("all-layers") == tuple(range(6))
-    assert edit_settings("heads", 6, (2, 3), ((4, 1), (0, 2))).heads == ((4, 1), (0, 2))
-    assert edit_settings("alea-official", 6, (2, 3), official=(5,)).layers == (5,)  # the official code's own place
-    assert edit_settings("alea-official", 6, (2, 3)).layers == (2, 3)
-    assert edit_settings("alea-mixed", 6, (2, 3), official=(5,)).layers == (2, 3)
+    assert EditRequest("heads", (2, 3), ((4, 1), (0, 2))).settings(6).heads == ((4, 1), (0, 2))
+    official = EditRequest("alea-official", (2, 3), official=(5,))
+    assert official.settings(6).layers == (5,)  # the official code's own place
+    assert EditRequest("alea-official", (2, 3), official=()).settings(6).layers == (2, 3)
+    assert EditRequest("alea-mixed", (2, 3), official=(5,)).settings(6).layers == (2, 3)
 
 
 def test_bad_methods_are_told():
     with pytest.raises(KeyError, match="alea-mixed"):
-        edit_settings("alea-mixd", 6, (2,))
-    with pytest.raises(ValueError, match="04_locate_heads"):
-        edit_settings("heads", 6, (2,))
+        EditRequest("alea-mixd", (2,)).settings(6)
+    with pytest.raises(ValueError, match="located_heads"):
+        EditRequest("heads", (2,)).settings(6)
     with pytest.raises(KeyError, match="contrast"):
-        fit_adversary("gradient", None, None, [], [], None)
+        adversary_settings("gradient", None, [], 0)
 
 
 def test_random_rows_have_the_tuned_norms(tiny, seen, told):
-    settings = adversary_settings("contrast", tiny, told, seen.shape[1], steps=2, length=3)
-    tuned = fit_adversary("contrast", tiny, seen, told, told[::-1], settings)
-    found = fit_adversary("random", tiny, seen, told, told[::-1], settings, tuned)
+    pairs = pd.DataFrame({"negative": told, "positive": told[::-1]})
+    tuned, found = (
+        method_prefix(tiny, seen, pairs, EditRequest(name, (1,), prefix_length=3, prefix_steps=2))
+        for name in ("alea-mixed", "random-prefix")
+    )
     assert torch.allclose(found.rows.norm(dim=-1), tuned.rows.norm(dim=-1), rtol=1e-5)
     assert not torch.allclose(found.rows, tuned.rows)
-    assert fit_adversary("", tiny, seen, told, told, settings) is None
 
 
 def test_the_official_adversary_stands_at_an_index(tiny, seen, told):
@@ -102,9 +105,12 @@ def test_each_method_reads_its_own_prefix(tiny, tmp_path):
 def test_what_is_edited_is_loaded_in_full_precision(name, monkeypatch):
     asked = {}
     monkeypatch.setattr(methods, "load", lambda *args, **kwargs: asked.update(args=args, **kwargs))
-    methods.load_for_edit("some", edit_settings(name, 6, (2, 3), ((4, 1), (4, 2))), True)
+    monkeypatch.setattr(methods, "layers_of", lambda key: 6)
+    methods.load_for_edit("some", EditRequest(name, (2, 3), ((4, 1), (4, 2))), True)
     layers, parts = ((4,), ("o_proj",)) if name == "heads" else ((2, 3), None)
     assert asked["args"] == ("some", True, layers) and asked.get("edited_parts") == parts
+    methods.load_for_edit("some", EditRequest("heads"), True)  # not located yet: any layer may be edited
+    assert asked["args"] == ("some", True, None)
 
 
 # ---- the trial
@@ -116,7 +122,7 @@ def test_a_trial_is_kept_by_case_and_leaves_the_model(bench, tiny, bits, monkeyp
     found = edit_trial(bench, cases)
     assert bits(tiny) == before
     assert set(found["label"]) == {"base", "alea-mixed", "chance"} and set(found["condition"]) == set(trial.CONDITIONS)
-    monkeypatch.setattr(trial, "fit_edit", None)
+    monkeypatch.setattr(trial, "fit_method", None)
     monkeypatch.setattr(trial, "captions", None)  # nothing is made again
     pd.testing.assert_frame_equal(edit_trial(bench, cases), found)
 
@@ -126,18 +132,19 @@ def test_the_attack_is_fresh_and_on_the_edited_model(bench, tiny):
     delta = bench.fit(case)
     bench.judge(case, delta)
     own = bench.attack(case).rows
-    assert torch.equal(bench.attack(EditCase("base", 1)).rows, bench._kept("attack-base-s1", None).rows)
+    kept = methods.load_prefix(bench.folder / "attack-base-s1.safetensors")
+    assert torch.equal(bench.attack(EditCase("base", 1)).rows, kept.rows)
     assert not torch.equal(own, bench.attack(EditCase("base", 1)).rows)  # same seed, another model
-    settings = trial.adversary("contrast", length=5, steps=2, seed=8)  # 7 + the case's seed
+    settings = trial.adversary_preset("contrast", length=5, steps=2, seed=8)  # 7 + the case's seed
     answers = bench.fresh["negative"].tolist(), bench.fresh["positive"].tolist()
     with applied(tiny, delta):
-        again = trial.fit_prefix(tiny, bench.known, answers[0], settings, answers[1])[0]
+        again = trial.fit_prefix(tiny, bench.fresh_features, answers[0], settings, answers[1])[0]
     assert torch.equal(again.rows, own)
 
 
 def test_given_deltas_are_not_made_again(bench, monkeypatch):
     delta = bench.fit(EditCase("no-prefix"))
-    monkeypatch.setattr(trial, "fit_edit", None)
+    monkeypatch.setattr(trial, "fit_method", None)
     case = EditCase("no-prefix", label="given", conditions=("clean",))
     assert len(edit_trial(bench, [case], {"given-s0": delta}))
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
+from alea_lib.adversary.objectives import AdversaryLoss, NoImageReference
+from alea_lib.adversary.prefix import Prefix, PrefixSettings, embedding_scale, random_prefix
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import answer_nll, fit_edit
 from alea_lib.edit.settings import EditSettings
 from alea_lib.layout import causal, opened, reading_embeddings
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.neglect import Blind, adversary_loss, blind_logits
-from alea_lib.prefix import Prefix, PrefixSettings, embedding_scale, random_prefix
 from alea_lib.taps import read_attention, read_heads, read_layers, started_at
 from alea_lib.vlm import Batch, load
 from alea_lib.zoo.tiny import BUILDERS, build
@@ -290,10 +290,10 @@ def test_a_prefix_step_has_a_gradient(vlm, features):
     for place in ("answer", "question"):
         settings = PrefixSettings(length=3, place=place, neglect=0.5)
         rows = random_prefix(vlm, settings).rows.clone().requires_grad_(True)
-        blind = Blind(vlm, features, ANSWERS, settings.prompt)
+        objective = AdversaryLoss(vlm, features, (ANSWERS, None), settings)
 
-        def lost(at, place=place, settings=settings, blind=blind):
-            return adversary_loss(vlm, features, (ANSWERS, None), np.arange(3), blind, Prefix(at, place), settings)
+        def lost(at, place=place, objective=objective):
+            return objective(Prefix(at, place), np.arange(3))
 
         loss, terms = lost(rows)
         (grad,) = torch.autograd.grad(loss, [rows])
@@ -308,7 +308,7 @@ def test_a_prefix_step_has_a_gradient(vlm, features):
 def test_a_blind_pass_does_not_see_the_image(vlm, features):
     one, other = (vlm.encode(f, QUESTIONS, ANSWERS) for f in (features, features.flip(0)))
     assert (vlm.answer_logits(one) - vlm.answer_logits(other)).abs().max() > 1e-2
-    blind = [blind_logits(vlm, b, vlm.embed(b)) for b in (one, other)]
+    blind = [NoImageReference(vlm, f, ANSWERS, "plain")(np.arange(3)) for f in (features, features.flip(0))]
     torch.testing.assert_close(*blind, atol=1e-5, rtol=1e-5)
 
 

@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 import torch
 
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.edit.delta import delta_of
 from alea_lib.locate.tokens import object_tokens
 from alea_lib.measures.truth import read_truth
-from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.probe.ability import ability, first_references
 from alea_lib.probe.grounding import (
     attention_heads,

@@ -7,12 +7,13 @@ import pytest
 import torch
 from conftest import build_tiny
 
+from alea_lib.adversary.prefix import PrefixSettings, adversary_preset, fit_prefix, random_prefix
 from alea_lib.batch import Limits, loss_scale, scale_gradient
 from alea_lib.edit.fit import _Run, fit_edit
-from alea_lib.edit.kept import Kept, scratch
-from alea_lib.edit.losses import Passes, Reference
+from alea_lib.edit.losses import CachedForward, Reference
 from alea_lib.edit.settings import EditSettings
-from alea_lib.prefix import PrefixSettings, adversary, fit_prefix, random_prefix
+from alea_lib.edit.spill import SpillCache, scratch
+from alea_lib.edit.trained import trained
 from alea_lib.tail import Cached
 
 SETTINGS = EditSettings(layers=(2, 3), prefix_share=0.5, epochs=2, batch=6, unlikelihood=0.3, kl=0.4)
@@ -55,7 +56,7 @@ def test_an_edit_in_pieces_has_the_gradient_of_the_whole(vlm, seen, told, most):
 
 @pytest.mark.parametrize("kind, most", [("contrast", 1), ("contrast", 2), ("imitation", 4)])
 def test_an_adversary_in_pieces_is_the_same(vlm, seen, told, kind, most):
-    settings = adversary(kind, length=3, steps=2, batch=5, attention=0.2, lr=1e-3)
+    settings = adversary_preset(kind, length=3, steps=2, batch=5, attention=0.2, lr=1e-3)
     want, curve = fit_prefix(vlm, seen, told, settings, told[::-1])
     vlm.limits = Limits(train=most)
     found, same = fit_prefix(vlm, seen, told, settings, told[::-1])
@@ -103,10 +104,10 @@ def test_a_whole_edit_leaves_no_files(vlm, seen, told, tmp_path):
 
 def test_the_reference_too(vlm, seen, told, tmp_path):
     vlm.limits = Limits(keep=0)
-    passes = Passes(vlm, seen, {"positive": told}, SETTINGS, 2, False, tmp_path)
+    passes = CachedForward(vlm, seen, {"positive": told}, SETTINGS, trained(vlm, SETTINGS), tmp_path)
     reference, plain = Reference(passes), None
     vlm.limits = Limits()
-    plain = Reference(Passes(vlm, seen, {"positive": told}, SETTINGS, 2, False))
+    plain = Reference(CachedForward(vlm, seen, {"positive": told}, SETTINGS, trained(vlm, SETTINGS)))
     pick = np.array([4, 1])
     for _ in range(2):
         assert torch.equal(reference(pick), plain(pick))
@@ -115,7 +116,7 @@ def test_the_reference_too(vlm, seen, told, tmp_path):
 
 def test_kept_by_hand(tmp_path):
     item = Cached(torch.arange(6.0).reshape(2, 3).half(), torch.tensor([7]), torch.tensor([True, False]))
-    held = Kept(limit=30, folder=tmp_path / "kept")
+    held = SpillCache(limit=30, folder=tmp_path / "kept")
     held.put("a", item)  # 12 + 8 + 2 bytes
     held.put(("b", 1), item)
     held.put("c", torch.ones(2))
@@ -123,8 +124,6 @@ def test_kept_by_hand(tmp_path):
     found = held[("b", 1)]
     assert torch.equal(found.states, item.states) and found.states.dtype == torch.float16
     assert torch.equal(found.scored, item.scored) and found.activation is None
-    held.forget(lambda key: key == "c")
-    assert len(held) == 1 and held.bytes == 8 and not list((tmp_path / "kept").iterdir())
     with scratch(None) as folder:
         assert folder.is_dir()
     assert not folder.exists()

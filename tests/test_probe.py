@@ -1,13 +1,19 @@
 """Model passes for measures: attention shares by hand, captions, and POPE answers by id."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 import torch
 
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
+from alea_lib.edit import delta
+from alea_lib.edit.delta import delta_of
 from alea_lib.measures.pope import pope, read_pope
-from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.probe.ability import ability
 from alea_lib.probe.answers import captions, pope_answers
 from alea_lib.probe.grounding import ATTENTION, attention_share
+from alea_lib.taps import full_weight
 
 
 def eager(tiny, features, question, answer, prefix=None):
@@ -66,6 +72,21 @@ def test_captions_of_a_split(tiny, tiny_world):
     alone = tiny.generate(features[2:3], tiny.prompt("careful"), 5)[0]
     assert tuple(table.loc[2, ["caption", "n_tokens", "eos"]]) == (alone.text, alone.n_tokens, alone.eos)
     assert (table["n_tokens"] <= 5).all()
+
+
+def test_an_edit_is_verified_once_whatever_the_batches(tiny, seen, told, monkeypatch):
+    name = tiny.address("down_proj", 1)
+    edit = delta_of(tiny, {name: full_weight(tiny, name) * 1.1}, {})
+    hashed, one = [], delta.weight_hash
+    monkeypatch.setattr(delta, "weight_hash", lambda weight: hashed.append(1) or one(weight))
+    table = pd.DataFrame({"image_id": range(6), "caption": told})
+    whole = ability(tiny, seen, table, edit)
+    assert len(hashed) == 1
+    pieces = ability(tiny, seen, table, edit, batch_size=2)
+    assert len(hashed) == 2 and pieces["num"].sum() == pytest.approx(whole["num"].sum(), rel=1e-4)
+    wrong = replace(edit, base={name: "another"})
+    with pytest.raises(delta.WrongBase):
+        ability(tiny, seen, table, wrong)
 
 
 # ---- POPE

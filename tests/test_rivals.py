@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from alea_lib import baseline, baseline_table, captions, rivals
-from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals import registry
 from alea_lib.rivals.registry import Baseline, Views, register
 

@@ -9,9 +9,9 @@ import torch
 from tiny_families import build
 
 from alea_lib import baseline
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
-from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.adhh import AdhhSettings, adhh, find_heads
 from alea_lib.rivals.common import Columns, Stream, without_image
 from alea_lib.rivals.pai import PaiSettings, guided, pai, raised

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from alea_lib import baseline
-from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.common import Stream, plausible, with_features, without_image
 from alea_lib.rivals.dola import candidates, farthest
 from alea_lib.rivals.nucleus import in_nucleus

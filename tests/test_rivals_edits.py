@@ -7,19 +7,22 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import build_tiny
 
 from alea_lib import baseline
+from alea_lib.adversary.prefix import adversary_preset, fit_prefix, random_like
+from alea_lib.batch import Limits
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import fit_edit
-from alea_lib.edit.methods import edit_method, edit_settings, fit_adversary
-from alea_lib.locate.run import locate_layers
-from alea_lib.prefix import adversary
+from alea_lib.edit.methods import EditRequest, fit_method, located_heads
+from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings
+from alea_lib.locate.choose import choose_heads
+from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.rivals import dpo
-from alea_lib.rivals.alea import WHAT
 from alea_lib.rivals.common import at_depth, head_count
 from alea_lib.rivals.dpo import CURVE, DpoSettings, fit_dpo, preference_loss
+from alea_lib.rivals.edits import WHAT, SupervisedSettings, fit_supervised
 from alea_lib.rivals.nullu import NulluSettings, fit_nullu
-from alea_lib.rivals.supervised import SupervisedSettings, fit_supervised
 from alea_lib.taps import full_weight, read_layers, replaced_linear
 
 SHORT = DpoSettings(epochs=2, batch=3, lr=1e-3)
@@ -170,6 +173,37 @@ def test_dpo_repeats_and_refuses(tiny, seen, pairs, monkeypatch):
         fit_dpo(tiny, seen, pairs, SHORT)
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_dpo_in_pieces_is_the_same_and_no_pass_is_larger(seen, pairs, most):
+    vlm, widths = build_tiny(), []
+    want, curve = fit_dpo(vlm, seen, pairs, dataclasses.replace(SHORT, batch=6, fast=False))
+    vlm.limits = Limits(train=most)
+    hook = vlm.module("layer", 0).register_forward_hook(lambda m, args, out: widths.append(len(args[0])))
+    found, same = fit_dpo(vlm, seen, pairs, dataclasses.replace(SHORT, batch=6, fast=False))
+    hook.remove()
+    assert max(widths) == most
+    np.testing.assert_allclose(same.to_numpy(), curve.to_numpy(), rtol=1e-3, atol=1e-4)
+    for name, weight in want.weights.items():
+        assert torch.nn.functional.cosine_similarity(weight.ravel(), found.weights[name].ravel(), 0) > 0.98
+
+
+def test_dpo_scales_its_loss_where_gradients_are_small(tiny, seen, pairs, monkeypatch):
+    want = fit_dpo(tiny, seen, pairs, SHORT)[0]
+    met, loss = [], dpo.preference_loss
+
+    def watched(change, beta):
+        value = loss(change, beta)
+        value.register_hook(lambda g: met.append(g.item()))
+        return value
+
+    monkeypatch.setattr(dpo, "loss_scale", lambda dtype: 1024.0)
+    monkeypatch.setattr(dpo, "preference_loss", watched)
+    found = fit_dpo(tiny, seen, pairs, SHORT)[0]
+    assert met == [1024.0] * 4
+    for name, weight in want.weights.items():
+        torch.testing.assert_close(found.weights[name], weight, atol=1e-6, rtol=1e-3)
+
+
 # ---- supervised
 
 
@@ -189,7 +223,7 @@ def test_supervised_edits_touch_all_linear_matrices_of_the_decoder(tiny, seen, p
 @pytest.mark.parametrize("name", sorted(WHAT))
 def test_edits_of_the_study_are_made_where_and_how_their_names_say(tiny, seen, pairs, bits, name):
     before, last = bits(tiny), tiny.n_layers - 1
-    short = baseline(name, prefix_steps=1, epochs=1, n_locate=3).placed((0, 1))
+    short = baseline(name, prefix_steps=1, epochs=1).placed((0, 1))
     assert short.settings.layers == (0, 1)
     delta = short.fitted(tiny, seen, pairs).delta
     assert bits(tiny) == before and all(w.abs().max() > 0 for w in delta.weights.values())
@@ -209,12 +243,33 @@ def test_edits_of_the_study_are_made_where_and_how_their_names_say(tiny, seen, p
 
 def test_rows_of_the_study_differ_by_their_adversary_and_place_alone(tiny, seen, pairs):
     """Each equals the edit that the trial of notebook 10 makes of the same settings."""
-    how = {"seed": 3, "epochs": 1, "lr": 1e-3, "kl": 0.2}
+    changes = {"epochs": 1, "lr": 1e-3, "kl": 0.2}
     for name in ("no-prefix", "random-prefix"):
-        edit = edit_settings(name, tiny.n_layers, (1,), **how)
-        tuned = adversary("contrast", length=5, steps=2, seed=3)
+        edit = EditRequest(name, (1,), seed=3, changes=changes).settings(tiny.n_layers)
+        how_tuned = adversary_preset("contrast", length=5, steps=2, seed=3)
         answers = pairs["negative"].tolist(), pairs["positive"].tolist()
-        prefix = fit_adversary(edit_method(name).adversary, tiny, seen, *answers, tuned)
+        tuned, _ = fit_prefix(tiny, seen, answers[0], how_tuned, answers[1])
+        prefix = random_like(tiny, tuned, how_tuned) if name == "random-prefix" else None
         want, _ = fit_edit(tiny, seen, pairs["positive"].tolist(), prefix, edit)
         found = baseline(name, prefix_steps=2, epochs=1).placed((1,)).seeded(3).fitted(tiny, seen, pairs).delta
         assert all(torch.equal(found.weights[n], w) for n, w in want.weights.items())
+
+
+def test_the_label_heads_is_one_edit(tiny, tiny_world, seen, pairs, tmp_path):
+    """The rival, the trial and a request that names no heads change the same columns in the same way."""
+    row = baseline("heads", epochs=1).seeded(2)
+    want = row.fitted(tiny, seen, pairs).delta
+    split = tiny_world.split("activate")
+    own, changes = pairs.assign(image_id=split.ids), {"epochs": 1, "lr": 1e-3, "kl": 0.2}
+    test, heads = tiny_world.split("test").take(2), located_heads(tiny, seen, pairs)
+    scores = locate_heads(tiny, seen, pairs, ["gradient"]).scores  # as in the published tables: two, by gradient
+    assert heads == tuple(choose_heads(scores, 2))
+    bench = EditBench(tiny, own, own, split, test, None, EditTrialSettings((1,), epochs=1), tmp_path)
+    found = (
+        bench.fit(EditCase("heads", 2)),
+        fit_method(tiny, seen, pairs, EditRequest("heads", seed=2, changes=changes))[0],
+    )
+    given = fit_method(tiny, seen, pairs, EditRequest("heads", heads=heads, seed=2, changes=changes))[0]
+    for other in (*found, given):
+        assert other.weights.keys() == want.weights.keys()
+        assert all(torch.equal(other.weights[n], w) for n, w in want.weights.items())

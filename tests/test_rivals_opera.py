@@ -7,7 +7,7 @@ import torch
 from tiny_families import build
 
 from alea_lib import baseline
-from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.opera import OperaSettings, Past, Watch, at_length, column_scores, opera
 from alea_lib.taps import read_attention
 

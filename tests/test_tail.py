@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.budget import cache_bytes
 from alea_lib.edit.fit import fit_edit
-from alea_lib.edit.losses import Passes
+from alea_lib.edit.losses import CachedForward
 from alea_lib.edit.settings import EditSettings
-from alea_lib.prefix import PrefixSettings, random_prefix
+from alea_lib.edit.trained import trained
 from alea_lib.tail import capture, capture_last, final_norm, layer_input, run_last, run_tail
 from alea_lib.taps import full_weight, replaced_linear, started_at
 from alea_lib.vlm import scored
@@ -136,7 +137,7 @@ def test_items_are_read_once_for_each_condition(tiny, seen, told, monkeypatch):
 def test_what_is_kept_does_not_depend_on_who_asks_first(tiny, seen, told):
     """So that a resumed run computes the same bits."""
     settings, weights = EditSettings(layers=(2,)), {}
-    one, two = (Passes(tiny, seen, {"positive": told}, settings, 2, False) for _ in range(2))
+    one, two = (CachedForward(tiny, seen, {"positive": told}, settings, trained(tiny, settings)) for _ in range(2))
     one("positive", "plain", np.array([4, 1]), weights)
     two("positive", "plain", np.array([0, 5, 4]), weights)
     pick = np.array([4, 2])

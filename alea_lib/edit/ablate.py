@@ -9,7 +9,6 @@ import pandas as pd
 from tqdm import tqdm
 
 from ..measures.frontier import frontier_gap
-from ..phrases import in_points, percent
 from ..probe.ability import ability, first_references
 from ..tables import DataError, read_parquet, write_parquet
 from .settings import CONTROLS, control_layers
@@ -125,7 +124,7 @@ def _case(factor: Factor, what: dict, seed: int, places: Places, n_pairs: int) -
     what = {k: v for k, v in what.items() if v != STANDARD.get(k)}
     method = what.get("method", factor.method)
     changes = {k: v for k, v in what.items() if k not in OWN}
-    told = [f"{k}={v}" for k, v in what.items() if k != "method"]
+    changed = [f"{k}={v}" for k, v in what.items() if k != "method"]
     if place := what.get("place"):
         if place not in CONTROLS:
             raise DataError(f"unknown place {place!r}; there are {', '.join(CONTROLS)}")
@@ -135,17 +134,14 @@ def _case(factor: Factor, what: dict, seed: int, places: Places, n_pairs: int) -
             raise DataError(f"the layers of locator {locator!r} are not given (there are {sorted(places.by_locator)})")
         changes["layers"] = places.by_locator[locator]
     return EditCase(
-        method, seed, label="-".join([method, *told]), changes=changes, length=what.get("length"),
+        method, seed, label="-".join([method, *changed]), changes=changes, length=what.get("length"),
         n_pairs=what.get("n_pairs", n_pairs), conditions=("clean", "attacked") if factor.attacked else ("clean",),
     )  # fmt: skip
 
 
-# ---- the act
-
-
 def ablation_trial(benches: Mapping[str, EditBench], levels: list[Level]) -> pd.DataFrame:
     """Run all cases, each once, and the unedited model: the items of :func:`edit_trial`, and ``kl_clean`` on the test
-    split's captions. ``benches``: label source -> pairs, model and pictures; what is finished is kept in their folders.
+    split's captions. ``benches``: label source -> pairs, model and images; what is finished is kept in their folders.
     DataError when a case asks for more pairs than there are.
     """
     parts = []
@@ -167,24 +163,20 @@ def ablation_trial(benches: Mapping[str, EditBench], levels: list[Level]) -> pd.
 
 
 def _drift(bench: EditBench, case: EditCase) -> pd.DataFrame:
-    """Items of kl_clean, nats a token on truthful captions of the test pictures; kept in ``<name>-kl.parquet``."""
+    """Items of kl_clean, nats a token on truthful captions of the test images; kept in ``<name>-kl.parquet``."""
     path = bench.folder / f"{case.name}-kl.parquet"
     if not path.exists():
-        found = ability(bench.vlm, bench.seen, first_references(bench.test), bench.fit(case))
+        found = ability(bench.vlm, bench.test_features, first_references(bench.test), bench.fit(case))
         write_parquet(found[found["metric"] == "kl_clean"].reset_index(drop=True), path)
     keys = {"condition": "clean", "label": case.label, "method": case.method, "seed": case.seed}
     return read_parquet(path).assign(**keys)
 
 
-# ---- the record
-
-
 def ablation_rows(items: pd.DataFrame, levels: list[Level], benches: Mapping[str, EditBench]) -> pd.DataFrame:
-    """The record: every level of every factor under every condition, and its paired difference to the reference.
+    """The record (COLUMNS): every level under every condition, and its paired difference to the reference level.
 
-    Columns: factor, level, method, condition, metric (chair_s, recall, words, kl_clean, frontier_gap), against ("" for
-    the values themselves, else the reference level), value, lo, hi, n (images), seeds. Means over seeds; intervals
-    resample seeds and images, those of frontier_gap images alone. The unedited model is the factor ``base``.
+    ``against`` is "" for the values themselves. Means over seeds; intervals resample seeds and images, those of
+    frontier_gap images alone. The unedited model is the factor ``base``.
     """
     items = items[items["metric"].isin(SHOWN)]
     parts = []
@@ -207,60 +199,8 @@ def _gaps(mine: list[Level], benches: Mapping[str, EditBench]) -> pd.DataFrame:
     rows = []
     for label in dict.fromkeys(each.case.label for each in mine):
         cases = [(each.case, benches[each.labels]) for each in mine if each.case.label == label]
-        base = benches["detector"].told(EditCase(BASE, cases[0][0].seed))
-        gap = frontier_gap(base, [bench.told(case) for case, bench in cases], benches["detector"].truth)
+        base = benches["detector"].captions(EditCase(BASE, cases[0][0].seed))
+        gap = frontier_gap(base, [bench.captions(case) for case, bench in cases], benches["detector"].truth)
         keys = {"label": label, "method": cases[0][0].method, "condition": "clean", "against": "", "seeds": len(cases)}
         rows.append({**keys, "metric": "frontier_gap", **gap})
     return pd.DataFrame(rows)
-
-
-def ablation_finding(rows: pd.DataFrame) -> str:
-    """What came out, as a list in markdown: one line a factor, each level's CHAIRs (clean; attacked where it is), then
-    which differences to the factor's reference are shown (interval without zero), and which are not."""
-    wrong = rows[rows["metric"] == "chair_s"]
-    changes = wrong[wrong["against"] != ""]
-    lines = []
-    for factor, part in wrong[wrong["against"] == ""].groupby("factor", sort=False):
-        said = []
-        for (level, condition), row in part.set_index(["level", "condition"]).iterrows():
-            under = " under attack" if condition == "attacked" else ""
-            said.append(f"{level}{under} {percent(row)}")
-        seeds, n = int(part["seeds"].iloc[0]), int(part["n"].iloc[0])
-        question = FACTORS[factor].question if factor in FACTORS else "The unedited model"
-        line = f"{question} (`{factor}`, {seeds} seed{'s' * (seeds > 1)}, {n} pictures) {'; '.join(said)}."
-        lines += [f"- {line}", *(f"  - {verdict}" for verdict in _verdicts(changes[changes["factor"] == factor]))]
-    return "\n".join(lines) + "\n"
-
-
-def _verdicts(changes: pd.DataFrame) -> list[str]:
-    """Sentences on one factor's differences: shown, not shown, and levels that no picture tells apart."""
-    said: dict[str, list[str]] = {"Shown": [], "Not shown": [], "Equal on every picture": []}
-    for _, row in changes.iterrows():
-        level = f"{row['level']}{' under attack' if row['condition'] == 'attacked' else ''}"
-        if row["value"] == row["lo"] == row["hi"] == 0:
-            said["Equal on every picture"].append(level)
-        elif row["lo"] > 0 or row["hi"] < 0:
-            said["Shown"].append(f"{level} {in_points(row)}")
-        else:
-            said["Not shown"].append(level)
-    return [
-        f"{word} (against {changes['against'].iloc[0]}): {'; '.join(found)}." for word, found in said.items() if found
-    ]
-
-
-def published_ablations(run, folder: str) -> pd.DataFrame:
-    """The committed rows of data/results/<folder>/ablations.csv, which ``run`` then has read: call it before the run's
-    id is used. Empty if there are none; column ``source`` is the folder."""
-    from ..runs.places import root
-    from ..tables import read_csv
-
-    name = f"data/results/{folder}/ablations.csv"
-    if not (root() / name).exists():
-        return pd.DataFrame(columns=["factor", "source"])
-    return read_csv(run.uses(name)).fillna({"against": ""}).assign(source=folder)
-
-
-def beside_published(published: pd.DataFrame, rows: pd.DataFrame, source: str) -> pd.DataFrame:
-    """The published rows, and of ``rows`` (of this ``source``) the factors that they lack."""
-    live = rows[~rows["factor"].isin(published["factor"])].assign(source=source)
-    return pd.concat([published, live], ignore_index=True) if len(published) else live

@@ -1,7 +1,6 @@
-"""How much a step of the edit costs: as the official code runs it, in a careful loop, and with what is frozen kept.
+"""How much a step of the edit costs: as the official code runs it, in a careful loop, and with frozen inputs cached.
 
-All loops take the same step: NLL of the positive under a prefix and KL to the base on the clean prompt. They differ
-in what they compute beside it, and their gradients are compared.
+All loops take the same step: NLL of the positive under a prefix and KL to the base on the clean prompt.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..prefix import Prefix, PrefixSettings, random_prefix
+from ..adversary.prefix import Prefix, PrefixSettings, random_prefix
 from ..taps import replaced_linear
 from ..vlm import VLM, scored
-from .losses import Passes, Reference, kl_divergence
+from .losses import CachedForward, Reference, kl_divergence
 from .settings import EditSettings
 from .trained import trained
 
@@ -56,10 +55,9 @@ def random_model(s: Bench) -> VLM:
 def bench_steps(s: Bench = Bench(), edited: tuple[int, ...] | None = None) -> pd.DataFrame:
     """Seconds a step (process time, median of ``repeats``) for the last 1, quarter and half of the layers edited.
 
-    Columns: edited (layers), loop (official, plain, fast), seconds, capture (seconds an item and condition, read
-    once), amortised (seconds a step with capturing spread over ``epochs``), speedup against the official loop (median
-    over repeats, the loops taking turns, with the least and largest as speedup_lo and speedup_hi), speedup_amortised,
-    predicted (of the fast loop, by counting), gradient (largest relative difference to the official loop's).
+    Columns: edited (layers), loop, seconds, capture (seconds an item and condition), amortised (seconds a step with
+    capturing spread over ``epochs``), speedup against the official loop (median over repeats; _lo and _hi: least and
+    largest), speedup_amortised, predicted (fast loop), gradient (largest relative difference to the official loop's).
     """
     vlm, rng = random_model(s), np.random.default_rng(s.seed)
     features = torch.randn(s.items, 36, s.width, generator=torch.Generator().manual_seed(s.seed))
@@ -92,9 +90,9 @@ def _compared(loops: dict, s: Bench) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _timed(act) -> float:
+def _timed(step) -> float:
     start = time.process_time()
-    act()
+    step()
     return time.process_time() - start
 
 
@@ -107,7 +105,7 @@ def _loop(loop: str, vlm: VLM, features, texts, prefix: Prefix, layers: tuple[in
             p += 0.1 * p.std() * torch.randn(p.shape, generator=noise)
     if loop == "official":
         return lambda: official_step(vlm, features, texts, prefix, made.parameters, pick, settings), 0.0
-    passes = Passes(vlm, features, {"positive": texts}, settings, made.first, layers == (vlm.n_layers - 1,))
+    passes = CachedForward(vlm, features, {"positive": texts}, settings, made)
     reference = Reference(passes)
 
     def step() -> list[torch.Tensor]:
@@ -128,10 +126,10 @@ def official_step(vlm: VLM, features, texts, prefix: Prefix, parameters, pick, s
     """Gradients as the official code gets them: the prefix still requires grad, so that the backward pass runs through
     all layers; logits are made at every position; the base is run again for the KL's reference."""
     rows = prefix.rows.clone().requires_grad_(True)
-    answers, seen = [texts[int(i)] for i in pick], features[torch.as_tensor(pick)]
+    answers, images = [texts[int(i)] for i in pick], features[torch.as_tensor(pick)]
 
     def whole(role: str, each: Prefix | None) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = vlm.encode(seen, vlm.prompt(role), answers)
+        batch = vlm.encode(images, vlm.prompt(role), answers)
         given = (vlm.embed(batch), batch.mask, batch.labels)
         embeds, mask, labels = given if each is None else each.insert(batch, given[0])
         return vlm.head(vlm.hidden(embeds, mask)), labels

@@ -82,17 +82,40 @@ def config_hash(config) -> str:
     return hash_text([json.dumps(bare(config.to_dict()), sort_keys=True, default=str)])
 
 
+def verify(vlm: VLM, delta: Delta) -> None:
+    """WrongBase when the delta was computed on another model, RuntimeError for a 4-bit module."""
+    source, config = delta.info.get("model"), delta.info.get("config")
+    if config and config != config_hash(vlm.model.config):
+        raise WrongBase(f"{vlm.key} has another configuration than {source}, which this delta is of")
+    for name in delta.weights:
+        try:
+            weight = vlm.model.get_submodule(name).weight
+        except AttributeError as error:
+            raise WrongBase(f"{vlm.key} has no module {name!r}: the delta was computed on {source}") from error
+        if weight.dtype == torch.uint8:
+            raise RuntimeError(
+                f"{name} is stored in 4 bits, where a small change is lost in rounding; load the model with "
+                f"its layer among edited_layers"
+            )
+        if weight_hash(weight) != delta.base[name]:
+            raise WrongBase(
+                f"{name} of {vlm.key} is not the weight that this delta was computed on ({source}); "
+                "load that model, undo other edits first"
+            )
+
+
 @contextmanager
-def applied(vlm: VLM, delta: Delta | None) -> Iterator[VLM]:
+def applied(vlm: VLM, delta: Delta | None, verified: bool = False) -> Iterator[VLM]:
     """The edited model inside the block: same modules, shapes and dtypes; bit-equal to the base afterwards.
 
     ``None`` applies nothing, so that the base runs through the same code. The originals are kept as copies and put
-    back, never subtracted. Raises WrongBase before anything is changed, RuntimeError for a 4-bit module.
+    back, never subtracted. Raises what :func:`verify` raises before anything is changed; ``verified``: the caller has
+    called it already, which hashes every edited matrix.
     """
+    if delta and not verified:
+        verify(vlm, delta)
     saved: dict[str, torch.Tensor] = {}
     try:
-        for name in delta.weights if delta else ():
-            _check(vlm, delta, name)
         for name, change in delta.weights.items() if delta else ():
             weight = vlm.model.get_submodule(name).weight
             saved[name] = weight.detach().clone()
@@ -101,28 +124,6 @@ def applied(vlm: VLM, delta: Delta | None) -> Iterator[VLM]:
     finally:
         for name, original in saved.items():
             vlm.model.get_submodule(name).weight.data = original
-
-
-def _check(vlm: VLM, delta: Delta, name: str) -> None:
-    theirs = delta.info.get("config")
-    if theirs and theirs != config_hash(vlm.model.config):
-        raise WrongBase(f"{vlm.key} has another configuration than {delta.info.get('model')}, which this delta is of")
-    try:
-        weight = vlm.model.get_submodule(name).weight
-    except AttributeError as error:
-        raise WrongBase(
-            f"{vlm.key} has no module {name!r}: the delta was computed on {delta.info.get('model')}"
-        ) from error
-    if weight.dtype == torch.uint8:
-        raise RuntimeError(
-            f"{name} is stored in 4 bits, where a small change is lost in rounding; load the model with "
-            f"its layer among edited_layers"
-        )
-    if weight_hash(weight) != delta.base[name]:
-        raise WrongBase(
-            f"{name} of {vlm.key} is not the weight that this delta was computed on "
-            f"({delta.info.get('model')}); load that model, undo other edits first"
-        )
 
 
 def scaled(delta: Delta, strength: float, names: Iterable[str] | None = None) -> Delta:

@@ -106,10 +106,8 @@ def stored_name(name: str, stored: list[str]) -> str:
 
     def likeness(key: str) -> tuple[int, int]:
         theirs = key.split(".")
-        tail = next(
-            (i for i, (a, b) in enumerate(zip(parts[::-1], theirs[::-1])) if a != b), min(map(len, (parts, theirs)))
-        )
-        return tail, len(set(parts) & set(theirs))
+        differ = [i for i, (a, b) in enumerate(zip(parts[::-1], theirs[::-1])) if a != b]
+        return min([*differ, len(parts), len(theirs)]), len(set(parts) & set(theirs))
 
     best = max(map(likeness, stored))
     found = [key for key in stored if likeness(key) == best]
@@ -123,9 +121,8 @@ def _copy(source: Path, target: Path) -> None:
     need = sum(f.stat().st_size for f in files)
     target.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(target).free) < need:
-        raise OSError(
-            errno.ENOSPC, f"no room on the disk: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} free", str(target)
-        )
+        message = f"no room on the disk: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} free"
+        raise OSError(errno.ENOSPC, message, str(target))
     for f in files:
         shutil.copyfile(f, target / f.name)
 
@@ -157,17 +154,10 @@ def write_edit_card(folder: Path, delta: Delta, scores: pd.DataFrame | None = No
     """README.md of a handed-over edit, from the delta and the rows of ``metrics.csv`` that measured it."""
     info = delta.info
     lines = ["---", f"base_model: {info['model']}", "tags: [alea, model-editing, hallucination]", "---", ""]
-    lines += [
-        f"# An edit of {info['model']}",
-        "",
-        "Weights of the modules below were changed so that captions name fewer",
-    ]
-    lines += [
-        "absent objects; shapes, types and the cost of inference are those of the base.",
-        "",
-        "| | |",
-        "|---|---|",
-    ]
+    lines += [f"# An edit of {info['model']}", ""]
+    lines += ["Weights of the modules below were changed so that captions name fewer"]
+    lines += ["absent objects; shapes, types and the cost of inference are those of the base.", ""]
+    lines += ["| | |", "|---|---|"]
     lines += [f"| {key} | `{info[key]}` |" for key in ("revision", "config") if info.get(key)]
     lines += [f"| run | `{run_id}` |"] if run_id else []
     lines += [f"| {k} | {v} |" for k, v in info.get("edit", {}).items()]

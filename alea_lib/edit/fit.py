@@ -14,18 +14,18 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .. import checkpoint
+from ..adversary.prefix import Prefix, PrefixSettings, fit_prefix
 from ..batch import loss_scale, scale_gradient
-from ..prefix import Prefix, PrefixSettings, fit_prefix
 from ..seen import fingerprint
 from ..taps import replaced_linear
 from ..vlm import VLM
 from .delta import Delta, hash_text, weight_hash
-from .kept import scratch
-from .losses import Passes, Reference, answer_nll, dropped, kl_divergence, kl_to_base, unlikelihood
+from .losses import CachedForward, Reference, answer_nll, dropped, kl_divergence, unlikelihood
 from .settings import EditSettings, check
+from .spill import scratch
 from .trained import Trained, trained
 
-__all__ = ["answer_nll", "fit_edit", "kl_to_base", "schedule"]
+__all__ = ["answer_nll", "fit_edit", "schedule"]
 CURVE = ["step", "prefixed", "nll", "kl", "unlikelihood", "held_out"]
 
 
@@ -41,13 +41,11 @@ def fit_edit(
 ) -> tuple[Delta, pd.DataFrame]:
     """Compute an edit; the model is left bit-equal.
 
-    features [N,P,D] and positives [N] are the images and grounded answers of the pairs; ``prefix`` may be None when
-    ``settings.prefix_share`` is 0, or several, which take turns. ``negatives`` [N] serve the unlikelihood term and,
-    with ``adversary``, the rounds: the prefix is then tuned again, against the model as it is edited by then.
-    Returns the delta and its curve (step, prefixed, terms of the loss, held_out once an epoch). With a checkpoint
-    path, a run that was cut off goes on after its last whole epoch and ends in the same delta.
-    Raises ValueError for empty pairs or settings out of range, FloatingPointError when the loss is not finite (the
-    checkpoint keeps the last good weights), OSError when the disk is full.
+    ``features`` [N,P,D] and ``positives`` [N]: images and grounded answers. ``prefix``: one, several that take turns,
+    or None when ``settings.prefix_share`` is 0. ``negatives`` [N] serve the unlikelihood and, with ``adversary``, the
+    rounds. Returns the delta and its curve (step, prefixed, terms of the loss, held_out once an epoch). With a
+    checkpoint, a run that was cut off goes on after its last whole epoch and ends in the same delta. ValueError for
+    empty pairs or settings out of range, FloatingPointError for a loss that is not finite, OSError for a full disk.
     """
     prefixes = [prefix] if isinstance(prefix, Prefix) else list(prefix or [])
     _check_input(positives, prefixes, settings, negatives, adversary)
@@ -72,9 +70,7 @@ def _check_input(positives, prefixes, settings: EditSettings, negatives, adversa
     if settings.prefix_share and not prefixes:
         raise ValueError(f"prefix_share is {settings.prefix_share} but no prefix was given; fit one or set it to 0")
     if settings.unlikelihood and negatives is None:
-        raise ValueError(
-            f"unlikelihood is {settings.unlikelihood} but no negatives were given; give them or set it to 0"
-        )
+        raise ValueError(f"unlikelihood is {settings.unlikelihood}: give negatives, or set it to 0")
     if settings.rounds > 1 and (negatives is None or adversary is None):
         raise ValueError(f"rounds is {settings.rounds}: give negatives and the adversary's settings, or set it to 1")
 
@@ -101,8 +97,7 @@ class _Run:
         self.optimiser = optimiser(self.trained.parameters.values(), lr=settings.lr, weight_decay=0.0)
         self.scale = loss_scale(vlm.model.dtype)
         scale_gradient(self.trained.parameters.values(), self.scale)
-        last = list(self.trained.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
-        self.passes = Passes(vlm, features, self.texts, settings, self.trained.first, last, folder)
+        self.passes = CachedForward(vlm, features, self.texts, settings, self.trained, folder)
         self.reference = Reference(self.passes)
         held = int(settings.held_out * len(positives))
         mixed = np.random.default_rng([settings.seed, 5]).permutation(len(positives))
@@ -126,8 +121,8 @@ class _Run:
         negatives, positives = ([self.texts[k][i] for i in self.items] for k in ("negative", "positive"))
         weights = {n: w.detach() for n, w in self.trained.weights().items()}
         with replaced_linear(self.vlm, weights):
-            seen = self.features[torch.as_tensor(self.items)]
-            self.prefixes = [*self.prefixes, fit_prefix(self.vlm, seen, negatives, adversary, positives)[0]]
+            features = self.features[torch.as_tensor(self.items)]
+            self.prefixes = [*self.prefixes, fit_prefix(self.vlm, features, negatives, adversary, positives)[0]]
 
     def run_epoch(self, epoch: int, path: Path | None) -> None:
         for step in range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch):
@@ -159,7 +154,6 @@ class _Run:
                 (self.scale * getattr(s, name) * share * term).backward()
                 row[name] += share * term.item()
         self.optimiser.step()
-        self.trained.limit(s.norm)
         return row
 
     def share(self, name: str, piece: np.ndarray, whole: np.ndarray) -> float:
@@ -176,8 +170,9 @@ class _Run:
         s = self.settings
         return sum(self.vlm.answer_length(self.texts["positive"][int(i)], s.eos, s.bos) for i in pick)
 
-    def terms(self, pick: np.ndarray, number: int, step: int = 0):
-        """The terms of the loss one by one, so that only one graph is alive at a time. ``number``: of the prefix."""
+    def terms(self, pick: np.ndarray, number: int, step: int | None = None):
+        """The terms of the loss one by one, so that only one graph is alive at a time. ``number``: of the prefix;
+        ``step``: the training step whose rows of it are dropped, None for the whole prefix."""
         s = self.settings
         prefix = dropped(self.prefixes[number], s, step) if number >= 0 else None
         logits, labels = self.passes("positive", s.prompt, pick, self.trained.weights(), prefix, number)
@@ -197,13 +192,13 @@ class _Run:
 
     @torch.no_grad()
     def held_out_loss(self) -> float:
-        """The loss on the held-out pairs, clean and prefixed in the settings' share."""
+        """The loss on the held-out pairs, clean and under the whole last prefix in the settings' share."""
         s, total = self.settings, 0.0
         size = self.vlm.limits.of("train", s.batch)
         parts = np.array_split(self.held, max(1, round(len(self.held) / size)))
-        for number, weight in ((0, s.prefix_share), (-1, 1 - s.prefix_share)):
+        for number, weight in ((len(self.prefixes) - 1, s.prefix_share), (-1, 1 - s.prefix_share)):
             for pick in parts if weight else ():
-                terms = self.terms(pick, len(self.prefixes) - 1 if number == 0 else -1)
+                terms = self.terms(pick, number)
                 total += weight * len(pick) * sum(getattr(s, name) * term.item() for name, term in terms)
         return total / len(self.held)
 
@@ -213,24 +208,16 @@ class _Run:
         texts = [hash_text(t) if t else "" for t in self.texts.values()]
         own = {n: weight_hash(w) for n, w in self.trained.own.items()}
         rows = [[weight_hash(p.rows), p.place, p.index] for p in self.prefixes]
-        seen = fingerprint(self.features)
         adversary = asdict(self.adversary) if self.adversary else None
-        return json.dumps([asdict(self.settings), texts, seen, own, rows, adversary])
+        return json.dumps([asdict(self.settings), texts, fingerprint(self.features), own, rows, adversary])
 
     def save(self, path: Path) -> None:
         extra = {f"best.{n}": p for n, p in self.best[1].items()}
         extra |= {f"prefix.{i}": p.rows for i, p in enumerate(self.prefixes)}
         state = {"epoch": self.epoch, "curve": self.curve, "best": self.best[0], "bad": self.bad}
         state["places"] = [(p.place, p.index) for p in self.prefixes]
-        checkpoint.save(
-            path,
-            self.epoch * self.per_epoch,
-            self.trained.parameters,
-            self.optimiser,
-            self.tag,
-            extra,
-            json.dumps(state),
-        )
+        done, parameters = self.epoch * self.per_epoch, self.trained.parameters
+        checkpoint.save(path, done, parameters, self.optimiser, self.tag, extra, json.dumps(state))
 
     def resume(self, path: Path) -> None:
         if not checkpoint.resume(path, self.trained.parameters, self.optimiser, self.tag):

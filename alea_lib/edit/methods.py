@@ -1,19 +1,33 @@
-"""The edits by the names they have in every table: which preset, where, and under which adversary."""
+"""The edits by the names they have in every table: which preset, where, and under which adversary; and fitting one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..evidence import random_like
-from ..prefix import ADVERSARIES as TUNED
-from ..prefix import Prefix, PrefixSettings, adversary, fit_prefix, load_prefix, official_index
-from ..vlm import VLM, load
+import pandas as pd
+import torch
+
+from ..adversary.prefix import (
+    Prefix,
+    PrefixSettings,
+    adversary_preset,
+    fit_prefix,
+    load_prefix,
+    official_index,
+    random_like,
+    save_prefix,
+)
+from ..locate.choose import choose_heads
+from ..locate.run import locate_heads, official_layers
+from ..vlm import VLM, layers_of, load
+from .delta import Delta
+from .fit import fit_edit
 from .settings import CONTROLS, EditSettings, control_layers, preset
 
-PLACES = ("located", "heads", "official", *CONTROLS)
-ADVERSARIES = ("", "random", *TUNED)
 OFFICIAL_EPOCHS = 3  # of the official adversary
+# the heads of the edit `heads`: so many that this locator names on the first pairs
+HEAD_LOCATOR, N_HEADS, LOCATE_PAIRS = "gradient", 2, 60
 
 
 @dataclass(frozen=True)
@@ -52,40 +66,89 @@ def edit_method(name: str) -> EditMethod:
     return METHODS[name]
 
 
-def edit_settings(
-    name: str,
-    n_layers: int,
-    located: tuple[int, ...],
-    heads: tuple[tuple[int, int], ...] = (),
-    seed: int = 0,
-    official: tuple[int, ...] = (),
-    **changes,
-) -> EditSettings:
-    """The settings of a method: its preset in its place, with the changes that the preset leaves open.
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit by its method's name. ``layers``: the located ones. ``heads`` that are not given are located when the
+    method is made for heads; so are ``official`` layers (see :func:`alea_lib.official_layers`) that are None, while ()
+    stands for the located ones. ``changes``: of the edit's settings, as far as the method leaves them open."""
 
-    ``located`` layers and ``heads`` (layer, head) are a locator's; only the method that is made for heads reads these.
-    ``official``: the layers that the official code would edit (see :func:`alea_lib.official_layers`), where
-    `alea-official` is made; if there are none given, in the located ones. KeyError for an unknown method, ValueError
-    for heads that are missing or values out of range.
+    method: str
+    layers: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()
+    official: tuple[int, ...] | None = None
+    seed: int = 0
+    changes: dict = field(default_factory=dict)
+    prefix_length: int = 5
+    prefix_steps: int = 100
+
+    def settings(self, n_layers: int) -> EditSettings:
+        """The method's preset in its place, with the changes. KeyError for an unknown method, ValueError for heads
+        that are missing or values out of range."""
+        method = edit_method(self.method)
+        changes = {k: v for k, v in self.changes.items() if k not in KEPT.get(method.preset, ())}
+        changes |= {"seed": self.seed, **dict(method.changes)}
+        if method.place == "heads":
+            if not self.heads:
+                raise ValueError("the edit `heads` needs heads, (layer, head): give some, or those of located_heads")
+            return preset(method.preset, heads=tuple(map(tuple, self.heads)), layers=(), **changes)
+        layers = tuple((method.place == "official" and self.official) or self.layers)
+        if method.place in CONTROLS:
+            layers = control_layers(method.place, n_layers, k=len(self.layers), seed=self.seed)
+        return preset(method.preset, layers=layers, **changes)
+
+    def adversary(self, kind: str, vlm: VLM, negatives: list[str], n_image: int) -> PrefixSettings:
+        """The settings of its adversary of a kind, see :func:`adversary_settings`."""
+        how = {"length": self.prefix_length, "steps": self.prefix_steps, "seed": self.seed}
+        return adversary_settings(kind, vlm, negatives, n_image, **how)
+
+
+def fit_method(
+    vlm: VLM,
+    features: torch.Tensor,
+    pairs: pd.DataFrame,
+    request: EditRequest,
+    prefix: Prefix | None = None,
+    checkpoint: Path | None = None,
+    folder: Path | None = None,
+) -> tuple[Delta, pd.DataFrame]:
+    """Fit an edit by its name: find its place, tune its adversary, train. Returns the delta and its curve; the model is
+    left bit-equal.
+
+    ``features`` [N,P,D] and ``pairs`` (positive, negative) are of the same images. ``prefix``: an adversary that is
+    tuned already; otherwise it is tuned here and, with a ``folder``, kept there, so that equal ones are tuned once.
     """
-    method = edit_method(name)
-    changes = {k: v for k, v in changes.items() if k not in KEPT.get(method.preset, ())}
-    changes |= {"seed": seed, **dict(method.changes)}
-    if method.place == "heads":
-        if not heads:
-            raise ValueError("the edit `heads` needs heads, (layer, head): run notebook 04_locate_heads or give some")
-        return preset(method.preset, heads=tuple(map(tuple, heads)), layers=(), **changes)
-    layers = tuple((method.place == "official" and official) or located)
-    if method.place in CONTROLS:
-        layers = control_layers(method.place, n_layers, k=len(located), seed=seed)
-    return preset(method.preset, layers=layers, **changes)
+    negatives = pairs["negative"].tolist()
+    request = located(vlm, features, pairs, request)
+    settings = request.settings(vlm.n_layers)
+    if settings.prefix_share and prefix is None:
+        prefix = method_prefix(vlm, features, pairs, request, folder)
+    rounds = request.adversary("contrast", vlm, negatives, features.shape[1]) if settings.rounds > 1 else None
+    return fit_edit(vlm, features, pairs["positive"].tolist(), prefix, settings, checkpoint, negatives, rounds)
 
 
-def load_for_edit(key: str, settings: EditSettings, four_bit: bool = False) -> VLM:
+def located(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, request: EditRequest) -> EditRequest:
+    """The request with the heads or official layers that its method needs and that it does not give."""
+    place = edit_method(request.method).place
+    if place == "heads" and not request.heads:
+        return replace(request, heads=located_heads(vlm, features, pairs))
+    if place == "official" and request.official is None:
+        return replace(request, official=tuple(official_layers(vlm, features, pairs)[1]))
+    return request
+
+
+def located_heads(
+    vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, k: int = N_HEADS, n: int = LOCATE_PAIRS
+) -> tuple[tuple[int, int], ...]:
+    """The ``k`` heads (layer, head) that the edit `heads` changes: by gradient, on the first ``n`` pairs."""
+    return tuple(choose_heads(locate_heads(vlm, features[:n], pairs.head(n), [HEAD_LOCATOR]).scores, k))
+
+
+def load_for_edit(key: str, request: EditRequest, four_bit: bool = False) -> VLM:
     """The model with the matrices that are edited in full precision, whatever the rest is stored in."""
-    if settings.modules == "o_proj":
-        return load(key, four_bit, tuple({layer for layer, _ in settings.heads}), edited_parts=("o_proj",))
-    return load(key, four_bit, settings.layers)
+    if edit_method(request.method).place == "heads":
+        layers = tuple({layer for layer, _ in request.heads}) or None
+        return load(key, four_bit, layers, edited_parts=("o_proj",))
+    return load(key, four_bit, request.settings(layers_of(key)).layers)
 
 
 def adversary_settings(name: str, vlm: VLM, negatives: list[str], n_image: int, **changes) -> PrefixSettings:
@@ -95,24 +158,34 @@ def adversary_settings(name: str, vlm: VLM, negatives: list[str], n_image: int, 
     ``steps`` says; the index of its place comes from their lengths.
     """
     if name != "official":
-        return adversary(name, **changes)
-    found = adversary("official", **changes, index=official_index(vlm, negatives, n_image))
+        return adversary_preset(name, **changes)
+    found = adversary_preset("official", **changes, index=official_index(vlm, negatives, n_image))
     return replace(found, steps=max(1, OFFICIAL_EPOCHS * len(negatives) // found.batch))
 
 
-def fit_adversary(
-    name: str, vlm: VLM, features, negatives: list[str], positives: list[str], settings: PrefixSettings, tuned=None
-) -> Prefix | None:
-    """The prefix that a method's edit sees, None for "". ``tuned``: for "random", the tuned prefix whose norms it
-    takes (tuned here if it is not given)."""
-    if name not in ADVERSARIES:
-        raise KeyError(f"unknown adversary {name!r}; there are {ADVERSARIES}")
-    if not name:
-        return None
-    if name != "random":
+def method_prefix(
+    vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, request: EditRequest, folder: Path | None = None
+) -> Prefix:
+    """The prefix that the request's edit sees, tuned on its pairs; read from ``folder`` if an equal one is there."""
+    name = edit_method(request.method).adversary or "contrast"
+    kind = "contrast" if name == "random" else name
+    negatives, positives = pairs["negative"].tolist(), pairs["positive"].tolist()
+    settings = request.adversary(kind, vlm, negatives, features.shape[1])
+
+    def tune() -> Prefix:
         return fit_prefix(vlm, features, negatives, settings, positives)[0]
-    tuned = tuned or fit_prefix(vlm, features, negatives, settings, positives)[0]
-    return random_like(vlm, tuned, settings)
+
+    label = f"prefix-{kind}-s{request.seed}-k{settings.length}-n{len(pairs)}"
+    tuned = kept_prefix(vlm, folder / f"{label}.safetensors", tune) if folder else tune()
+    return random_like(vlm, tuned, settings) if name == "random" else tuned
+
+
+def kept_prefix(vlm: VLM, path: Path, tune) -> Prefix:
+    """The prefix in a file, which ``tune()`` makes if it is not there, on the model's device."""
+    if not path.exists():
+        save_prefix(tune(), path)
+    found = load_prefix(path)
+    return replace(found, rows=found.rows.to(vlm.device))
 
 
 def read_adversary(method: str, folder: Path) -> Prefix | None:

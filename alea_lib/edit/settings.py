@@ -11,7 +11,7 @@ CHOICES = {
     "modules": MODULES,
     "optimiser": ("adamw", "sgd"),
     "reset": ("step", "epoch"),
-    "masters": ("fp32", "fp16"),
+    "master_dtype": ("fp32", "fp16"),
     "kl_reference": ("states", "weights", "logits"),
 }
 
@@ -40,8 +40,7 @@ class EditSettings:
     lr: float = 1e-3
     optimiser: str = "adamw"
     reset: str = "step"  # when gradients are set to zero; "epoch" is official: with SGD a momentum of 1.0
-    masters: str = "fp32"  # type of the trained copies; "fp16" is official: small steps are lost in rounding
-    norm: float = 0.0  # largest norm of a change, relative to its matrix; 0 sets no limit
+    master_dtype: str = "fp32"  # type of the trained copies; "fp16" is official: small steps are lost in rounding
     held_out: float = 0.0  # share of the pairs that only decides when to stop
     patience: int = 1  # epochs without a gain there before the edit stops; the best epoch's weights are kept
     fast: bool = True  # reuse what lies below the first edited layer: same gradients
@@ -52,27 +51,17 @@ class EditSettings:
 PRESETS = {
     "no-prefix": {"prefix_share": 0.0},  # control: plain supervised editing of the same modules
     "random-prefix": {"prefix_share": 1.0},  # control: the caller hands over random rows, see random_like
-    "alea-corrected": {"prefix_share": 1.0},  # the paper's idea with the official code's faults mended
+    "alea-corrected": {"prefix_share": 1.0},  # the paper's idea without the official code's faults
     "alea-mixed": {"prefix_share": 0.5},  # ours: half of the steps are clean
-    "alea-official": {  # as coded; with the adversary "official"
-        "prefix_share": 1.0,
-        "prompt": "speculative",  # the prefix was tuned with the plain prompt
-        "nll": 0.2,
-        "kl": 1.0,
-        "kl_reference": "logits",
-        "bos": True,
-        "eos": False,
-        "epochs": 5,
-        "batch": 2,
-        "optimiser": "sgd",
-        "reset": "epoch",
-        "masters": "fp16",
-        "fast": False,
-    },
+    # as coded, with the adversary "official", which was tuned with the plain prompt
+    "alea-official": dict(
+        prefix_share=1.0, prompt="speculative", nll=0.2, kl=1.0, kl_reference="logits", bos=True, eos=False, epochs=5,
+        batch=2, optimiser="sgd", reset="epoch", master_dtype="fp16", fast=False,
+    ),
     "sft": {"prefix_share": 0.0, "modules": "decoder", "kl": 0.0},  # control: all decoder matrices, NLL alone
     "lora": {"rank": 8},
     "heads": {"modules": "o_proj"},
-}
+}  # fmt: skip
 CONTROLS = ("random-layers", "last-layer", "all-layers", "first")  # the places of an edit, see control_layers
 
 

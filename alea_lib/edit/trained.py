@@ -36,20 +36,6 @@ class Trained:
                 out[name] = self.parameters[name]
         return out
 
-    @torch.no_grad()
-    def limit(self, norm: float) -> None:
-        """Shrink each change to at most ``norm`` times the norm of its matrix."""
-        for name, weight in self.weights().items() if norm else ():
-            change = weight.float() - self.own[name]
-            factor = (norm * self.own[name].norm() / change.norm().clamp(min=1e-30)).clamp(max=1.0)
-            if factor == 1:
-                continue
-            if self.rank:
-                self.parameters[f"{name}.B"].mul_(factor)
-                continue
-            near = self.own[name] + factor * change
-            self.parameters[name].copy_(near[:, self.columns[name]] if name in self.columns else near)
-
     def finite(self) -> bool:
         return all(bool(p.isfinite().all()) for p in self.parameters.values())
 
@@ -74,7 +60,7 @@ def trained(vlm: VLM, settings: EditSettings) -> Trained:
     if settings.rank:
         parameters = _factors(own, settings)
     else:
-        dtype = torch.float16 if settings.masters == "fp16" else torch.float32
+        dtype = torch.float16 if settings.master_dtype == "fp16" else torch.float32
         parameters = {n: (w[:, columns[n]] if n in columns else w).to(dtype, copy=True) for n, w in own.items()}
     for p in parameters.values():
         p.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""The trial of the edits: each case is fitted, then captioned clean, asked to speculate, and under attacks."""
+"""The trial of the edits: each case is fitted, then writes captions: clean, speculative, and under attacks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from pathlib import Path
 import pandas as pd
 from tqdm import tqdm
 
+from ..adversary.prefix import Prefix, adversary_preset, fit_prefix
 from ..measures.chair import chair
 from ..measures.truth import Truth
-from ..prefix import Prefix, adversary, fit_prefix, load_prefix, save_prefix
 from ..probe.answers import captions
 from ..stats import paired_difference_seeds, summarise_seeds
 from ..tables import DIFFERENCE, metric_rows, read_parquet, write_parquet
 from ..vlm import VLM
 from ..worlds.write import Split
 from .delta import Delta, applied, load_delta, save_delta
-from .fit import fit_edit
-from .methods import adversary_settings, edit_method, edit_settings, fit_adversary
+from .methods import EditRequest, fit_method, kept_prefix
 
 CONDITIONS = ("clean", "speculative", "transferred", "attacked")
 METRICS = ("chair_s", "chair_i", "recall", "words", "objects_per_caption")
@@ -48,6 +47,7 @@ class EditCase:
 @dataclass(frozen=True)
 class EditTrialSettings:
     """What all cases share. The attacks' seed is ``attack_seed`` plus the case's, never that of the edit's adversary.
+    ``heads`` that are not given are located when a case needs them.
 
     ``transferred``: the fresh attack on the unedited model, put before the edited model's answers; ``attacked``: one
     that is tuned against the edited model itself, with the same budget of steps and norm.
@@ -67,7 +67,7 @@ class EditTrialSettings:
 
 
 class EditBench:
-    """A model, the pairs to edit on, pairs that no edit sees (for the attacks), test pictures, and a folder.
+    """A model, the pairs to edit on, pairs that no edit sees (for the attacks), test images, and a folder.
 
     ``pairs``, ``fresh``: tables with image_id, positive, negative; ``activate``: the split that they are of. What is
     finished stands in ``folder`` and is not made again, so that a killed trial goes on; the caller's folder belongs to
@@ -89,11 +89,11 @@ class EditBench:
             raise ValueError(f"{len(pairs)} pairs to edit on, {len(fresh)} fresh ones for the attacks: both are needed")
         self.vlm, self.pairs, self.fresh, self.settings, self.folder = vlm, pairs, fresh, settings, Path(folder)
         self.test, self.truth = test, truth
-        self.features, self.known = (vlm.features(activate.find(t["image_id"].tolist()).files) for t in (pairs, fresh))
-        self.seen = vlm.features(test.files)
+        self.features = vlm.features(activate.find(pairs["image_id"].tolist()).files)
+        self.fresh_features = vlm.features(activate.find(fresh["image_id"].tolist()).files)
+        self.test_features = vlm.features(test.files)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    # ---- the act ---------------------------------------------------------------------------------------------
     def fit(self, case: EditCase) -> Delta | None:
         """The case's delta (None for the unedited model), kept in ``<name>.safetensors``."""
         if case.method == BASE:
@@ -101,82 +101,61 @@ class EditBench:
         path = self.folder / f"{case.name}.safetensors"
         if path.exists():
             return load_delta(path)
-        s, pairs = self.settings, self.pairs.head(case.n_pairs or len(self.pairs))
-        own = {"epochs": s.epochs, "lr": s.lr, "kl": s.kl, **case.changes}
-        located, heads = own.pop("layers", s.layers), own.pop("heads", s.heads)
-        settings = edit_settings(case.method, self.vlm.n_layers, tuple(located), heads, case.seed, s.official, **own)
-        prefix = self.prefix(case, pairs) if settings.prefix_share else None
-        negatives = pairs["negative"].tolist()
-        tuned = self._adversary("contrast", case) if settings.rounds > 1 else None
-        delta, _ = fit_edit(
-            self.vlm, self.features[: len(pairs)], pairs["positive"].tolist(), prefix, settings,
-            self.folder / f"part-{case.name}.safetensors", negatives, tuned,
-        )  # fmt: skip
+        pairs = self.pairs.head(case.n_pairs or len(self.pairs))
+        part = self.folder / f"part-{case.name}.safetensors"
+        features, request = self.features[: len(pairs)], self.request(case)
+        delta, _ = fit_method(self.vlm, features, pairs, request, checkpoint=part, folder=self.folder)
         save_delta(delta, path)
-        (self.folder / f"part-{case.name}.safetensors").unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         return delta
 
-    def prefix(self, case: EditCase, pairs: pd.DataFrame) -> Prefix:
-        """The adversary of the case's training; equal ones are tuned once."""
-        name = edit_method(case.method).adversary or "contrast"
-        kind = "contrast" if name == "random" else name
-        settings = self._adversary(kind, case)
-        label = f"prefix-{kind}-s{case.seed}-k{settings.length}-n{len(pairs)}"
-        fit = partial(
-            fit_adversary, vlm=self.vlm, features=self.features[: len(pairs)], negatives=pairs["negative"].tolist(),
-            positives=pairs["positive"].tolist(), settings=settings,
-        )  # fmt: skip
-        tuned = self._kept(label, lambda: fit(kind))
-        return fit("random", tuned=tuned) if name == "random" else tuned
-
-    def _adversary(self, kind: str, case: EditCase):
+    def request(self, case: EditCase) -> EditRequest:
+        """The case in the trial's settings."""
         s = self.settings
-        changes = {"length": case.length or s.length, "steps": s.prefix_steps, "seed": case.seed}
-        return adversary_settings(kind, self.vlm, self.pairs["negative"].tolist(), self.features.shape[1], **changes)
+        changes = {"epochs": s.epochs, "lr": s.lr, "kl": s.kl, **case.changes}
+        layers, heads = tuple(changes.pop("layers", s.layers)), changes.pop("heads", s.heads)
+        length = case.length or s.length
+        return EditRequest(case.method, layers, heads, s.official, case.seed, changes, length, s.prefix_steps)
 
     def attack(self, case: EditCase) -> Prefix:
         """A fresh attack on the model as it is now (edited, inside ``applied``), on pairs that no edit has seen."""
-        s = self.settings
-        settings = adversary("contrast", length=s.length, steps=s.attack_steps, seed=s.attack_seed + case.seed)
-        answers = self.fresh["negative"].tolist(), self.fresh["positive"].tolist()
-        fit = partial(fit_prefix, self.vlm, self.known, answers[0], settings, answers[1])
-        return self._kept(f"attack-{case.name}", lambda: fit()[0])
+        s, answers = self.settings, (self.fresh["negative"].tolist(), self.fresh["positive"].tolist())
+        settings = adversary_preset("contrast", length=s.length, steps=s.attack_steps, seed=s.attack_seed + case.seed)
 
-    def _kept(self, label: str, make) -> Prefix:
-        path = self.folder / f"{label}.safetensors"
-        if not path.exists():
-            save_prefix(make(), path)
-        found = load_prefix(path)
-        return Prefix(found.rows.to(self.vlm.device), found.place, found.index)
+        def tune() -> Prefix:
+            return fit_prefix(self.vlm, self.fresh_features, answers[0], settings, answers[1])[0]
 
-    # ---- the judgement ---------------------------------------------------------------------------------------
+        return kept_prefix(self.vlm, self.folder / f"attack-{case.name}.safetensors", tune)
+
     def judge(self, case: EditCase, delta: Delta | None) -> pd.DataFrame:
-        """Items of the test pictures: condition, image_id, metric, num, den; kept in ``<name>.parquet``."""
+        """Items of the test images: condition, image_id, metric, num, den; kept in ``<name>.parquet``."""
         path = self.folder / f"{case.name}.parquet"
         if path.exists():
             return read_parquet(path)
-        write = partial(captions, self.vlm, self.test, self.seen, max_new_tokens=self.settings.max_new_tokens)
-        prefixes = {}
+        write = partial(captions, self.vlm, self.test, self.test_features, max_new_tokens=self.settings.max_new_tokens)
+        prefixes, parts = {}, []
         if "transferred" in case.conditions:
             prefixes["transferred"] = self.attack(EditCase(BASE, case.seed))
-        parts = []
         with applied(self.vlm, delta):
             if "attacked" in case.conditions:
                 prefixes["attacked"] = self.attack(case)
             for condition in case.conditions:
                 prompt = "speculative" if condition == "speculative" else "plain"
-                told = write(prompt=prompt, prefix=prefixes.get(condition))
+                written = write(prompt=prompt, prefix=prefixes.get(condition))
                 if condition == "clean":
-                    write_parquet(told, self.folder / f"{case.name}-told.parquet")
-                parts.append(chair(told, self.truth).items.assign(condition=condition))
+                    write_parquet(written, self._captions_path(case))
+                parts.append(chair(written, self.truth).items.assign(condition=condition))
         found = pd.concat(parts, ignore_index=True)
         found = found[found["metric"].isin(METRICS)].reset_index(drop=True)
         write_parquet(found, path)
         return found
 
-    def told(self, case: EditCase) -> pd.DataFrame:
+    def captions(self, case: EditCase) -> pd.DataFrame:
         """The captions that the case wrote under ``clean``; FileNotFoundError before it was judged."""
-        return read_parquet(self.folder / f"{case.name}-told.parquet")
+        return read_parquet(self._captions_path(case))
+
+    def _captions_path(self, case: EditCase) -> Path:
+        return self.folder / f"{case.name}-told.parquet"
 
 
 def edit_trial(bench: EditBench, cases: Iterable[EditCase], given: dict[str, Delta] | None = None) -> pd.DataFrame:
@@ -200,9 +179,8 @@ ROWS = ["label", "method", "condition", "metric", "against", "value", "lo", "hi"
 def trial_rows(items: pd.DataFrame, against: Iterable[str] = (BASE,)) -> pd.DataFrame:
     """The trial's record: every label under every condition, and its paired difference to the labels ``against``.
 
-    Means over seeds; the intervals resample seeds and images (:func:`alea_lib.stats.summarise_seeds`), differences are
-    paired by image and seed. ``against`` is "" for the values themselves; ``n`` counts images, ``seeds`` the seeds.
-    DataError when a label lacks a seed that the other has.
+    Means over seeds; the intervals resample seeds and images, differences are paired by both. ``against`` is "" for the
+    values themselves; ``n`` counts images. DataError when a label lacks a seed that the other has.
     """
     by = {key: dict(list(part.groupby("seed"))) for key, part in items.groupby(["label", "condition"], sort=False)}
     method = dict(zip(items["label"], items["method"]))
@@ -212,22 +190,15 @@ def trial_rows(items: pd.DataFrame, against: Iterable[str] = (BASE,)) -> pd.Data
         rows.append(summarise_seeds(seeds).assign(against="", **keys))
         for other in against:
             if label not in (other, BASE) and (other, condition) in by:
-                change = paired_difference_seeds(seeds, _same(by[other, condition], seeds))
-                rows.append(change.assign(against=other, **keys))
+                found = by[other, condition]  # all its seeds where it lacks one, so that the error names both
+                same = {s: found[s] for s in seeds} if set(seeds) <= set(found) else found
+                rows.append(paired_difference_seeds(seeds, same).assign(against=other, **keys))
     return pd.concat(rows, ignore_index=True)[ROWS]
 
 
-def _same(found: dict, seeds: dict) -> dict:
-    """The other label's items of these seeds; all of them where it lacks one, so that the error names both."""
-    return {s: found[s] for s in seeds} if set(seeds) <= set(found) else found
-
-
 def robustness_scores(rows: pd.DataFrame, world: str, model: str, max_new_tokens: int) -> pd.DataFrame:
-    """The trial's record as rows of ``metrics.csv``: values, and differences to the base as ``<metric>_diff``.
-
-    Means over seeds, so ``seed`` is empty; what the contract has no column for (differences to another method than the
-    base, attacks tuned on another model) stays in ``robustness.csv``.
-    """
+    """The trial's record as rows of ``metrics.csv``: values, and differences to the base as ``<metric>_diff``, means
+    over seeds. Differences to other methods and transferred attacks have no columns there."""
     known = rows[rows["against"].isin(["", BASE]) & (rows["condition"] != "transferred")]
     known = known[known["label"] == known["method"]]
     keys = {"world": world, "model": model, "split": "test", "benchmark": "chair", "scorer": "singularise"}

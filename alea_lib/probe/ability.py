@@ -8,14 +8,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..edit.delta import Delta, applied
+from ..edit.delta import Delta, applied, verify
 from ..vlm import VLM, scored
 from ..worlds.write import Split
 from .grounding import batches
 
 
 def first_references(split: Split) -> pd.DataFrame:
-    """The first reference caption of each picture of the split: image_id, caption, in the split's order."""
+    """The first reference caption of each image of the split: image_id, caption, in the split's order."""
     rows = json.loads(split.captions.read_text(encoding="utf-8"))["annotations"]
     first: dict[int, str] = {}
     for row in sorted(rows, key=lambda r: r["id"]):
@@ -39,10 +39,12 @@ def ability(
     Both in nats a token. ``kl_clean`` is KL(base || edited), there only with a delta. Perplexity is exp(nll_grounded).
     ``vlm`` is the base; memory is bounded by the batch.
     """
+    if delta:
+        verify(vlm, delta)
     rows = []
     for part, batch in batches(vlm, features, references, prompt, batch_size):
         base = vlm.answer_logits(batch).float().log_softmax(-1)
-        with applied(vlm, delta):
+        with applied(vlm, delta, verified=True):
             now = vlm.answer_logits(batch).float().log_softmax(-1) if delta else base
         wanted = batch.labels[batch.labels != -100]
         item = torch.arange(len(part), device=wanted.device).repeat_interleave(scored(batch.labels).sum(1))
@@ -52,5 +54,5 @@ def ability(
         for metric, values in found.items():
             sums = torch.zeros(len(part), device=wanted.device).index_add_(0, item, values)
             n = torch.bincount(item, minlength=len(part))
-            rows += list(zip(part["image_id"], [metric] * len(part), sums.tolist(), n.double().tolist()))
+            rows += zip(part["image_id"], [metric] * len(part), sums.tolist(), n.double().tolist())
     return pd.DataFrame(rows, columns=["image_id", "metric", "num", "den"])

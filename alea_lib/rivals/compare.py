@@ -16,7 +16,8 @@ from .registry import MODULES
 MEASURES = ("chair_s", "recall")
 COLUMNS = ["method", "against", "metric", "value", "lo", "hi", "n", "seeds"]
 CONTROLS = ("truncation", "stop-early", "careful-prompt")
-STUDY = tuple(name for name, module in MODULES.items() if module == "alea")  # the study's own edits are no baselines
+FINE_TUNING = ("sft", "lora-all")  # of all decoder matrices: baselines
+STUDY = tuple(n for n, module in MODULES.items() if module == "edits" and n not in FINE_TUNING)  # edits of this study
 BASE = "base"
 BySeed = Mapping[int, Evaluated]
 

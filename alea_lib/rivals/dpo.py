@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from ..batch import loss_scale, scale_gradient
 from ..edit.delta import Delta
-from ..edit.losses import Passes
+from ..edit.losses import CachedForward
 from ..edit.settings import EditSettings
 from ..edit.settings import check as check_edit
 from ..edit.trained import Trained, trained
@@ -60,25 +61,30 @@ def fit_dpo(
     edit = _edit_settings(vlm, settings)
     check_edit(edit)
     made = trained(vlm, edit)
-    last = list(made.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
     texts = {side: pairs[side].tolist() for side in SIDES}
-    passes = Passes(vlm, features, texts, edit, made.first, last)
+    passes = CachedForward(vlm, features, texts, edit, made)
     base: dict[tuple[str, int], float] = {}
+    scale = loss_scale(vlm.model.dtype)
+    scale_gradient(made.parameters.values(), scale)
     optimiser = torch.optim.AdamW(made.parameters.values(), lr=settings.lr, weight_decay=0.0)
     curve = []
     for pick in tqdm(list(_order(len(pairs), settings)), desc="dpo"):
-        reference = _reference(passes, made, settings.prompt, pick, base)
-        change = _log_p(passes, made.weights(), settings.prompt, pick) - reference
-        loss = preference_loss(change, settings.beta)
         optimiser.zero_grad()
-        loss.backward()
+        total, margins = 0.0, []
+        for piece in vlm.limits.pieces(pick):
+            reference = _reference(passes, made, settings.prompt, piece, base)
+            change = _log_p(passes, made.weights(), settings.prompt, piece) - reference
+            loss = len(piece) / len(pick) * preference_loss(change, settings.beta)
+            (scale * loss).backward()
+            total += loss.item()
+            margins.append((change[0] - change[1]).detach())
         optimiser.step()
-        if not (torch.isfinite(loss) and made.finite()):
+        if not (np.isfinite(total) and made.finite()):
             raise FloatingPointError(
-                f"loss ({loss.item()}) or weights are not finite at step {len(curve)}; lower lr ({settings.lr})"
+                f"loss ({total}) or weights are not finite at step {len(curve)}; lower lr ({settings.lr})"
             )
-        margin = (change[0] - change[1]).detach()
-        curve.append((len(curve), loss.item(), margin.mean().item(), (margin > 0).float().mean().item()))
+        margin = torch.cat(margins)
+        curve.append((len(curve), total, margin.mean().item(), (margin > 0).float().mean().item()))
     return made.delta(vlm, {"dpo": asdict(settings)}), pd.DataFrame(curve, columns=CURVE)
 
 
@@ -94,7 +100,7 @@ def _order(n: int, s: DpoSettings):
         yield from np.array_split(mixed, max(1, round(n / s.batch)))
 
 
-def _log_p(passes: Passes, weights: dict[str, torch.Tensor], prompt: str, pick: np.ndarray) -> torch.Tensor:
+def _log_p(passes: CachedForward, weights: dict[str, torch.Tensor], prompt: str, pick: np.ndarray) -> torch.Tensor:
     """Log-probabilities [2,n] of the picked positives and negatives, end token included."""
     rows = []
     for side in SIDES:
@@ -106,7 +112,7 @@ def _log_p(passes: Passes, weights: dict[str, torch.Tensor], prompt: str, pick: 
 
 
 @torch.no_grad()
-def _reference(passes: Passes, made: Trained, prompt: str, pick: np.ndarray, kept: dict) -> torch.Tensor:
+def _reference(passes: CachedForward, made: Trained, prompt: str, pick: np.ndarray, kept: dict) -> torch.Tensor:
     """The same of the base, each answer's kept after its first batch."""
     new = np.array([i for i in pick if ("positive", int(i)) not in kept], dtype=int)
     if len(new):

@@ -42,9 +42,9 @@ MODULES: dict[str, str] = {
     "truncation": "plain", "stop-early": "plain", "careful-prompt": "plain", "beam": "plain",
     "nucleus": "nucleus", "vcd": "vcd", "m3id": "m3id", "dola": "dola", "pai": "pai", "opera": "opera",
     "adhh": "adhh", "spin": "spin", "vhr": "vhr", "nullu": "nullu",
-    "dpo": "dpo", "sft": "supervised", "lora-all": "supervised",
-    "no-prefix": "alea", "random-prefix": "alea", "random-layers": "alea", "last-layer": "alea", "all-layers": "alea",
-    "heads": "alea", "lora": "alea", "alea-official": "alea", "alea-corrected": "alea", "alea-mixed": "alea",
+    "dpo": "dpo", "sft": "edits", "lora-all": "edits",
+    "no-prefix": "edits", "random-prefix": "edits", "random-layers": "edits", "last-layer": "edits", "all-layers": "edits",
+    "heads": "edits", "lora": "edits", "alea-official": "edits", "alea-corrected": "edits", "alea-mixed": "edits",
 }  # fmt: skip
 ROWS: dict[str, Baseline] = {}
 

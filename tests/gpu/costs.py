@@ -22,7 +22,7 @@ from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.settings import EditSettings
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
-from alea_lib.prefix import PrefixSettings, fit_prefix, random_prefix
+from alea_lib.adversary.prefix import PrefixSettings, fit_prefix, random_prefix
 from alea_lib.stats import RESAMPLES, interval
 from alea_lib.tables import write_csv
 from alea_lib.tail import capture

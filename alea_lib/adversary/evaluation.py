@@ -1,4 +1,4 @@
-"""What a prefix does on pairs that it was not tuned on; and its control, a random one of equal norm."""
+"""What a prefix does on pairs that it was not tuned on."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from .measures.chair import chair
-from .measures.truth import Truth
-from .prefix import Prefix, PrefixSettings, random_prefix
-from .stats import summarise
-from .vlm import VLM, Batch, scored
+from ..measures.chair import chair
+from ..measures.truth import Truth
+from ..stats import summarise
+from ..vlm import VLM, Batch, scored
+from .prefix import Prefix
 
 WRITTEN = ("chair_s", "chair_i", "recall", "words")
 BOUNDED = ("chair_s", "recall")  # with their intervals
@@ -30,13 +30,12 @@ def prefix_evidence(
     max_new_tokens: int = 64,
     batch_size: int = 50,
 ) -> pd.DataFrame:
-    """What prefixes do on pairs; None, no prefix, is what the others are compared with.
+    """What prefixes do on pairs; None is no prefix, for comparison.
 
-    Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token, and how much the image matters, i.e.
-    KL(seeing || blind) at the tokens of the positive; with ``truth`` also what the model then writes about these
-    images (chair_s, chair_i, recall, words; _lo and _hi of the first and the third, 95 % over images; NaN where a
-    measure is not defined, as chair_i is for captions that name nothing), all as answers to the prompt of the role
-    ``prompt``; n pairs. Empty when there are no pairs.
+    Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token; image_effect, KL(seeing || blind) at
+    the tokens of the positive; with ``truth`` also chair_s, chair_i, recall and words of what the model then writes
+    (_lo and _hi of the first and the third, 95 % over images; NaN where undefined); n pairs. ``prompt``: the role of
+    the prompt that all these answer. Empty when there are no pairs.
     """
     rows = []
     for name, each in prefixes.items():
@@ -49,13 +48,6 @@ def prefix_evidence(
     return pd.DataFrame(rows).set_index("prefix")
 
 
-def random_like(vlm: VLM, prefix: Prefix, settings: PrefixSettings) -> Prefix:
-    """A random prefix in the same place, each row with the norm of the tuned one's."""
-    control = random_prefix(vlm, replace(settings, seed=settings.seed + 1000, init="scaled", length=len(prefix.rows)))
-    unit = control.rows / control.rows.norm(dim=-1, keepdim=True)
-    return replace(prefix, rows=unit * prefix.rows.norm(dim=-1, keepdim=True).to(unit))
-
-
 def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, prompt: str, batch_size: int) -> dict:
     """Teacher-forced: likelihood of both answers, and the image's effect."""
     sums, batch_size = np.zeros(5), vlm.limits.of("read", batch_size)
@@ -66,11 +58,7 @@ def _read(vlm: VLM, features, pairs: pd.DataFrame, prefix: Prefix | None, prompt
             nll, effect, n = _effects(vlm, batch, prefix)
             sums[2 * i : 2 * i + 2] += nll, n
             sums[4] += effect if column == "positive" else 0.0
-    return {
-        "nll_negative": sums[0] / sums[1],
-        "nll_positive": sums[2] / sums[3],
-        "image_effect": sums[4] / sums[3],
-    }
+    return {"nll_negative": sums[0] / sums[1], "nll_positive": sums[2] / sums[3], "image_effect": sums[4] / sums[3]}
 
 
 def _effects(vlm: VLM, batch: Batch, prefix: Prefix | None) -> tuple[float, float, int]:

@@ -1,10 +1,10 @@
-"""What an edit reads once and uses often: in memory up to a limit, the rest in files, or read again."""
+"""A cache of what an edit computes once and uses often: in memory up to a limit, the rest in files."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,10 +17,9 @@ from ..tail import Cached
 FIELDS = ("states", "labels", "scored", "activation")
 
 
-class Kept:
-    """Key -> :class:`Cached` item or tensor. The first ``limit`` bytes (None: all) stay where they are; what comes
-    after goes to files in ``folder``, made empty first, or is not kept where there is none, so that it is computed
-    again whenever it is asked for. Either way the bits are those that were put in."""
+class SpillCache:
+    """Key -> :class:`Cached` item or tensor, bit-equal to what was put in. The first ``limit`` bytes (None: all) stay
+    in memory; the rest goes to files in ``folder`` (emptied first) or, without a folder, is not kept."""
 
     def __init__(self, limit: int | None = None, folder: Path | None = None):
         self.limit, self.folder, self.bytes = limit, folder, 0
@@ -40,7 +39,7 @@ class Kept:
         return self.near[key] if key in self.near else _read(*self.far[key])
 
     def put(self, key: object, item: Cached | torch.Tensor) -> None:
-        """Keep an item, as far as there is room. OSError when the disk is full says how much was wanted."""
+        """Keep an item if there is room. OSError when the disk is full."""
         size = sum(t.nbytes for t in _parts(item).values())
         if self.limit is None or self.bytes + size <= self.limit:
             self.near[key] = item
@@ -51,13 +50,6 @@ class Kept:
             write_safetensors({n: t.cpu().contiguous() for n, t in _parts(item).items()}, path, {})
             self.far[key] = path, next(iter(_parts(item).values())).device
             self.written += 1
-
-    def forget(self, wanted: Callable[[object], bool]) -> None:
-        """Drop the items whose key is wanted no more."""
-        for key in [k for k in self.near if not wanted(k)]:
-            self.bytes -= sum(t.nbytes for t in _parts(self.near.pop(key)).values())
-        for key in [k for k in self.far if not wanted(k)]:
-            self.far.pop(key)[0].unlink()
 
 
 @contextmanager

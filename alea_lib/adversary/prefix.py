@@ -11,13 +11,13 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from .batch import loss_scale, scale_gradient
-from .checkpoint import write_safetensors
-from .neglect import TERMS, Asked, Blind, adversary_loss
-from .vlm import VLM, Batch
+from ..batch import loss_scale, scale_gradient
+from ..checkpoint import write_safetensors
+from ..vlm import VLM, Batch
+from .objectives import TERMS, AdversaryLoss
 
 PLACES = ("answer", "question", "index")
-INITS = ("scaled", "normal", "vocabulary", "words")
+INITS = ("scaled", "normal")
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,7 @@ class PrefixSettings:
     place: str = "answer"
     index: int = 0  # with place "index": see official_index
     prompt: str = "plain"
-    init: str = "scaled"  # random rows of the embeddings' norm; "normal": N(0,1), official; "vocabulary": random
-    # token embeddings; "words": the last tokens of the speculative prompt
+    init: str = "scaled"  # random rows of the embeddings' norm; "normal": N(0,1), official
     nll: float = 1.0  # weight of the NLL of the negative
     contrast: float = 0.0  # weight of softplus(margin - log p(negative) + log p(positive)): beyond imitation
     margin: float = 10.0  # nats an answer
@@ -69,10 +68,7 @@ class PrefixSettings:
     steps: int = 100
     batch: int = 24
     lr: float = 0.02
-    decay: bool = False  # let lr fall to 0 in a line
     reset: bool = True  # zero the gradient at each step; the official code never does
-    restarts: int = 1  # tune this many from different seeds, keep the best on the held-out share
-    held_out: float = 0.1  # share of the negatives that only chooses among restarts
     seed: int = 0
 
 
@@ -82,12 +78,18 @@ ADVERSARIES = {
     "imitation": {},
     "contrast": {"contrast": 0.5, "margin": 20.0, "batch": 16},
     "official": {
-        "place": "index", "init": "normal", "neglect": 0.0, "norm": 0.0, "reset": False, "lr": 1e-3, "batch": 4,
+        "place": "index",
+        "init": "normal",
+        "neglect": 0.0,
+        "norm": 0.0,
+        "reset": False,
+        "lr": 1e-3,
+        "batch": 4,
     },
-}  # fmt: skip
+}
 
 
-def adversary(name: str, **changes) -> PrefixSettings:
+def adversary_preset(name: str, **changes) -> PrefixSettings:
     """A named adversary with changes. KeyError names those there are."""
     if name not in ADVERSARIES:
         raise KeyError(f"unknown adversary {name!r}; there are {sorted(ADVERSARIES)}")
@@ -118,57 +120,34 @@ def random_prefix(vlm: VLM, settings: PrefixSettings) -> Prefix:
     if settings.init not in INITS:
         raise ValueError(f"unknown start of a prefix {settings.init!r}; there are {INITS}")
     generator = torch.Generator().manual_seed(settings.seed)
-    table = vlm.model.get_input_embeddings().weight.detach().float().cpu()
-    if settings.init == "words":
-        ids = vlm.tokenizer(vlm.prompt("speculative"), add_special_tokens=False)["input_ids"][-settings.length :]
-        rows = table[(ids * settings.length)[: settings.length]]
-    elif settings.init == "vocabulary":
-        rows = table[torch.randint(len(table), (settings.length,), generator=generator)]
-    else:
-        rows = torch.randn(settings.length, table.shape[1], generator=generator)
-        if settings.init == "scaled":
-            rows = rows / rows.norm(dim=-1, keepdim=True) * embedding_scale(vlm)
+    width = vlm.model.get_input_embeddings().weight.shape[1]
+    rows = torch.randn(settings.length, width, generator=generator)
+    if settings.init == "scaled":
+        rows = rows / rows.norm(dim=-1, keepdim=True) * embedding_scale(vlm)
     return Prefix(rows.to(vlm.device), settings.place, settings.index)
 
 
+def random_like(vlm: VLM, prefix: Prefix, settings: PrefixSettings) -> Prefix:
+    """A random prefix in the same place, each row with the norm of the tuned one's."""
+    control = random_prefix(vlm, replace(settings, seed=settings.seed + 1000, init="scaled", length=len(prefix.rows)))
+    unit = control.rows / control.rows.norm(dim=-1, keepdim=True)
+    return replace(prefix, rows=unit * prefix.rows.norm(dim=-1, keepdim=True).to(unit))
+
+
 def fit_prefix(
-    vlm: VLM,
-    features: torch.Tensor,
-    negatives: list[str],
-    settings: PrefixSettings,
-    positives: list[str] | None = None,
+    vlm: VLM, features: torch.Tensor, negatives: list[str], settings: PrefixSettings, positives: list[str] | None = None
 ) -> tuple[Prefix, pd.DataFrame]:
     """Tune a prefix until the hallucinated answers are likely and the image hardly matters.
 
-    Returns the prefix and its curve (step and the terms of the loss), that of the best of ``restarts``. The model is
-    not touched: inside ``applied`` or ``replaced_linear`` the prefix attacks the edited model. ``positives`` are the
-    grounded answers of the same images; only ``contrast`` needs them.
+    Returns the prefix and its curve (step and the terms of the loss). The model is not touched: inside ``applied`` or
+    ``replaced_linear`` the prefix attacks the edited model. ``positives`` are the grounded answers of the same images;
+    only ``contrast`` needs them.
     """
     if not len(negatives):
         raise ValueError("no negatives to tune the prefix on: stage 02_activate found no pairs")
     if settings.contrast and positives is None:
         raise ValueError(f"contrast is {settings.contrast} but no positives were given; give them or set it to 0")
-    kept, answers = len(negatives), (negatives, positives)
-    if settings.restarts > 1:
-        kept = max(1, kept - max(1, round(settings.held_out * kept)))
-    blind = Blind(vlm, features, negatives, settings.prompt) if settings.neglect else None
-    asked = Asked(vlm, features, settings.prompt, settings.place)
-    found = []
-    for restart in range(settings.restarts):
-        each = replace(settings, seed=settings.seed + 100 * restart)
-        prefix, curve = _tune(vlm, features, answers, kept, (blind, asked), each)
-        score = 0.0
-        if settings.restarts > 1:
-            score = _held_out_loss(vlm, features, answers, range(kept, len(negatives)), (blind, asked), prefix, each)
-        found.append((score, restart, prefix, curve))
-    return min(found, key=lambda f: f[:2])[2:]
-
-
-def _tune(
-    vlm: VLM, features, answers: tuple, kept: int, frozen: tuple[Blind | None, Asked], settings: PrefixSettings
-) -> tuple[Prefix, pd.DataFrame]:
-    """One run of the adversary on the first ``kept`` items; ``frozen`` is what does not depend on the prefix."""
-    blind, asked = frozen
+    objective, n = AdversaryLoss(vlm, features, (negatives, positives), settings), len(negatives)
     start = random_prefix(vlm, settings)
     rows, scale = start.rows.clone().requires_grad_(True), loss_scale(vlm.model.dtype)
     scale_gradient([rows], scale)
@@ -176,37 +155,23 @@ def _tune(
     limit = settings.norm * embedding_scale(vlm) if settings.norm else float("inf")
     curve = []
     for step in tqdm(range(settings.steps), desc="prefix"):
-        pick = np.random.default_rng([settings.seed, 1, step]).choice(kept, min(settings.batch, kept), replace=False)
+        pick = np.random.default_rng([settings.seed, 1, step]).choice(n, min(settings.batch, n), replace=False)
         if settings.reset:
             optimiser.zero_grad()
         terms = dict.fromkeys(TERMS, 0.0)
         for piece in vlm.limits.pieces(pick):
-            given = features, answers, piece, blind, replace(start, rows=rows), settings, asked
-            loss, found = adversary_loss(vlm, *given, whole=pick)
+            loss, found = objective(replace(start, rows=rows), piece, whole=pick)
             if not torch.isfinite(loss):
                 raise FloatingPointError(
                     f"the prefix's loss is {loss.item()} at step {step}; lower lr ({settings.lr}) or norm"
                 )
             (scale * loss).backward()
             terms = {name: terms[name] + found[name] for name in TERMS}
-        if settings.decay:
-            optimiser.param_groups[0]["lr"] = settings.lr * (1 - step / settings.steps)
         optimiser.step()
         with torch.no_grad():
             rows *= (limit / rows.norm(dim=-1, keepdim=True)).clamp(max=1.0)
         curve.append({"step": step, **terms})
-    curve = pd.DataFrame(curve, columns=["step", *TERMS])
-    return replace(start, rows=rows.detach()), curve
-
-
-@torch.no_grad()
-def _held_out_loss(vlm: VLM, features, answers: tuple, items: range, frozen, prefix, settings: PrefixSettings) -> float:
-    """Mean loss over the items that no restart was tuned on."""
-    size = vlm.limits.of("train", settings.batch)
-    parts = np.array_split(np.array(items), max(1, round(len(items) / size)))
-    given = [(features, answers, p, frozen[0], prefix, settings, frozen[1]) for p in parts]
-    losses = [adversary_loss(vlm, *each)[0].item() * len(each[2]) for each in given]
-    return sum(losses) / len(items)
+    return replace(start, rows=rows.detach()), pd.DataFrame(curve, columns=["step", *TERMS])
 
 
 def save_prefix(prefix: Prefix, path: Path) -> None:
