@@ -18,10 +18,11 @@ from .edit.fit import answer_nll, fit_edit
 from .edit.settings import EditSettings
 from .families import FAMILIES
 from .layout import causal
+from .loading import load
 from .locate.run import locate_heads, locate_layers
 from .locate.settings import LocateSettings
 from .prefix import PrefixSettings, fit_prefix
-from .vlm import VLM, load
+from .vlm import VLM
 from .zoo.tiny import BUILDERS, build
 
 QUESTION = "Please describe this image in detail."
@@ -40,7 +41,7 @@ def family_table() -> pd.DataFrame:
     """What is known of each family: row, type, text parts, what an image is to the decoder, and addresses."""
     rows = []
     for row in FAMILIES.values():
-        mask = "causal" if row.told is causal else row.told.__name__.replace("_", " ")
+        mask = "causal" if row.decoder_inputs is causal else row.decoder_inputs.__name__.replace("_", " ")
         image = "queries of a Q-Former" if row.queries else "projected patches"
         rows.append((row.name, row.model_type, ", ".join(row.decoders), image, mask, row.down_proj, row.o_proj))
     columns = ["family", "model type", "text part", "the image is", "positions and mask", "down_proj", "o_proj"]

@@ -1,11 +1,13 @@
-"""How families differ in what the language model is told: small functions that the rows of ``families`` point to.
+"""How families differ in what goes into the language model: small functions that the rows of ``families`` point to.
 
 Three kinds, each called by ``VLM`` with itself first:
 
-* *see* (``vlm, inputs -> list``): what the vision side makes of the image processor's output, one [P,D] an image;
+* *vision_features* (``vlm, inputs -> list``): what the vision side makes of the image processor's output, one [P,D] an
+  image;
 * *project* (``vlm, batch -> [B,P,D]``): features as they are put into the embeddings;
-* *told* (``vlm, mask, batch, start -> dict``): what the decoder needs beside the embeddings of positions ``start`` on.
-  ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix, which never stands before the image.
+* *decoder_inputs* (``vlm, mask, batch, start -> dict``): what the decoder needs beside the embeddings of positions
+  ``start`` on. ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix, which never stands
+  before the image.
 """
 
 from __future__ import annotations
@@ -35,6 +37,17 @@ def opened(image, canvas: int):
         return image
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     return ImageOps.pad(image.convert("RGB"), (canvas, canvas), color=(128, 128, 128))
+
+
+@contextmanager
+def fp32_convolutions() -> Iterator[None]:
+    """Convolutions on a GPU in full fp32: TF32, cuDNN's default, would give other captions than a CPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def projected(vlm, inputs: dict) -> list[torch.Tensor]:
@@ -73,7 +86,7 @@ def queried(vlm, batch) -> torch.Tensor:
     return model.language_projection(states[:, : queries.shape[1]])
 
 
-# ---- what the decoder is told ----------------------------------------------------------------------------------------
+# ---- what the decoder takes beside embeddings ------------------------------------------------------------------------
 
 
 def causal(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, torch.Tensor]:

@@ -15,8 +15,8 @@ from alea_lib.edit.delta import Delta, WrongBase, applied, delta_of, load_delta,
 from alea_lib.edit.fit import answer_nll, fit_edit, kl_to_base, schedule
 from alea_lib.edit.losses import Passes, Reference
 from alea_lib.edit.settings import EditSettings, preset
+from alea_lib.hooks import replaced_linear
 from alea_lib.prefix import Prefix, PrefixSettings, random_prefix
-from alea_lib.taps import replaced_linear
 
 SHORT = EditSettings(layers=(1, 3), prefix_share=0.5, epochs=2, batch=3, lr=1e-2)
 

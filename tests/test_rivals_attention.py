@@ -9,6 +9,7 @@ import torch
 from tiny_families import build
 
 from alea_lib import rival
+from alea_lib.hooks import read_attention, read_heads, replaced_heads
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
 from alea_lib.prefix import PrefixSettings, random_prefix
@@ -18,7 +19,6 @@ from alea_lib.rivals.pai import PaiSettings, guided, pai, raised
 from alea_lib.rivals.spin import SpinSettings, head_scales, spin
 from alea_lib.rivals.stream import Stream, without_image
 from alea_lib.rivals.vhr import VhrSettings, chosen_heads, turned_up, vhr, vision_aware
-from alea_lib.taps import read_attention, read_heads, replaced_heads
 
 QUESTIONS = [
     "Is there a cup?",

@@ -12,6 +12,7 @@ from alea_lib import rival
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.methods import edit_method, edit_settings, fit_adversary
+from alea_lib.hooks import full_weight, read_layers, replaced_linear
 from alea_lib.locate.run import locate_layers
 from alea_lib.prefix import adversary
 from alea_lib.rivals import dpo
@@ -20,7 +21,6 @@ from alea_lib.rivals.dpo import CURVE, DpoSettings, fit_dpo, preference_loss
 from alea_lib.rivals.nullu import NulluSettings, fit_nullu
 from alea_lib.rivals.scale import at_depth, head_count
 from alea_lib.rivals.supervised import SupervisedSettings, fit_supervised
-from alea_lib.taps import full_weight, read_layers, replaced_linear
 
 SHORT = DpoSettings(epochs=2, batch=3, lr=1e-3)
 

@@ -7,9 +7,9 @@ import torch
 from tiny_families import build
 
 from alea_lib import rival
+from alea_lib.hooks import read_attention
 from alea_lib.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.opera import OperaSettings, Past, Watch, at_length, column_scores, opera
-from alea_lib.taps import read_attention
 
 QUESTIONS = [
     "Is there a cup?",

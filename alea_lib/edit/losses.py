@@ -9,11 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..hooks import replaced_linear
 from ..layout import causal
 from ..prefix import Prefix
 from ..tail import Cached, capture, capture_last, run_last, run_tail
-from ..taps import replaced_linear
-from ..vlm import VLM, Batch, scored
+from ..vlm import VLM, Batch, target_mask
 from .kept import Kept
 from .settings import EditSettings
 
@@ -29,7 +29,7 @@ def answer_nll(vlm: VLM, batch: Batch, prefix: Prefix | None = None) -> torch.Te
 def plain_pass(vlm: VLM, batch: Batch, prefix: Prefix | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [n,V] at the scored positions by a whole forward pass, and the tokens [n] that they predict."""
     embeds, mask, labels = inputs(vlm, batch, prefix)
-    return vlm.answer_logits(batch, embeds, mask, scored(labels)), labels[labels != -100]
+    return vlm.answer_logits(batch, embeds, mask, target_mask(labels)), labels[labels != -100]
 
 
 @torch.no_grad()
@@ -79,7 +79,7 @@ class Passes:
         self.vlm, self.features, self.texts, self.settings = vlm, features, texts, settings
         self.first, self.last = first, last
         # where mask or positions depend on the item, what is read once cannot be run again without it
-        self.fast = settings.fast and first > 0 and not settings.prefix_dropout and vlm.row.told is causal
+        self.fast = settings.fast and first > 0 and not settings.prefix_dropout and vlm.row.decoder_inputs is causal
         self.kept = Kept(vlm.limits.keep, folder and folder / "inputs")
         self.folder = folder
 
@@ -156,7 +156,7 @@ class Reference:
         """Final states of the base at the scored positions, [n_tokens, D] an item."""
         batch = self.passes.encode("positive", self.passes.settings.kl_prompt, pick)
         h = self.passes.vlm.hidden(self.passes.vlm.embed(batch), batch.mask, batch)
-        return [h[i, t].clone() for i, t in enumerate(batch.targets)]
+        return [h[i, t].clone() for i, t in enumerate(batch.target_mask)]
 
 
 def blocks(pick: np.ndarray, n: int, known) -> list[np.ndarray]:

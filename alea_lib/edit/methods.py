@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..evidence import random_like
+from ..loading import load
 from ..prefix import ADVERSARIES as TUNED
 from ..prefix import Prefix, PrefixSettings, adversary, fit_prefix, load_prefix, official_index
-from ..vlm import VLM, load
+from ..vlm import VLM
 from .settings import CONTROLS, EditSettings, control_layers, preset
 
 PLACES = ("located", "heads", "official", *CONTROLS)

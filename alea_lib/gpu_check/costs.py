@@ -20,13 +20,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..edit.delta import applied, delta_of
 from ..edit.fit import fit_edit
 from ..edit.settings import EditSettings
+from ..hooks import full_weight
 from ..locate.run import locate_heads
 from ..locate.settings import LocateSettings
 from ..prefix import PrefixSettings, fit_prefix, random_prefix
 from ..stats import RESAMPLES, interval
 from ..tables import write_csv
 from ..tail import capture
-from ..taps import full_weight
 from ..worlds.describe import noun_phrase
 from ..worlds.scenes import objects
 from .settings import KERNELS, LABEL, RATIO, Size

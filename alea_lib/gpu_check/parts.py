@@ -75,7 +75,7 @@ def tests(out: Path, device: str) -> None:
 
 def captions(out: Path, device: str, n: int) -> None:
     """Captions of the small world's shipped model on the device, beside those of the CPU."""
-    from ..vlm import load
+    from ..loading import load
     from ..worlds.scenes import compose, sample
 
     images, told, seconds = [compose(sample("test", i))[0] for i in range(n)], [], []

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from ..families import family
-from ..vlm import VLM, Reader, keep_trainable_on_cpu
+from ..loading import Reader, keep_trainable_on_cpu
+from ..vlm import VLM
 from .settings import Size
 
 PATCH = 14

@@ -12,11 +12,11 @@ from tqdm import tqdm
 from ..edit.delta import applied
 from ..edit.fit import fit_edit
 from ..edit.settings import preset
+from ..hooks import replaced_heads
 from ..measures.chair import chair
 from ..measures.truth import Truth
 from ..probe.answers import captions
 from ..stats import paired_difference
-from ..taps import replaced_heads
 from ..vlm import VLM
 from ..worlds.write import Split
 

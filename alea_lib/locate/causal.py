@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..hooks import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
 from ..tables import DataError
-from ..taps import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
 from .evidence import Work, own_pass
 from .probed import Probed
 

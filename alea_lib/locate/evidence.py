@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..hooks import counted, read_attention, read_heads, read_layers, read_outputs
 from ..tables import DataError
-from ..taps import counted, read_attention, read_heads, read_layers, read_outputs
 from ..vlm import VLM
 from .settings import LocateSettings
 from .tokens import contrast_weights, encode, pooling_weights, suspects

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..taps import full_weight
+from ..hooks import full_weight
 from .evidence import Evidence
 from .layers import PAPER, _same_for_all, outlying
 from .registry import head_locator

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..taps import full_weight
+from ..hooks import full_weight
 from .evidence import Evidence
 from .registry import layer_locator
 

@@ -14,10 +14,10 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from ..hooks import read_attention
 from ..locate.tokens import object_tokens
 from ..measures.truth import Truth
-from ..taps import read_attention
-from ..vlm import VLM, Batch, scored
+from ..vlm import VLM, Batch, target_mask
 from ..worlds.write import Split
 
 ATTENTION = ("attn_last_max", "attn_last_mean", "attn_all_mean")
@@ -80,7 +80,7 @@ def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]
     if prefix is not None:
         image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100
         embeds, mask, labels = prefix.insert(batch, embeds)
-    targets = scored(labels)
+    targets = target_mask(labels)
     width = int(targets.sum(1).max())
     positions = targets.long().topk(width, dim=1).indices.sort(dim=1).values
     weight = targets.gather(1, positions).float()
@@ -162,5 +162,5 @@ def log_p(vlm: VLM, batch: Batch, prefix=None) -> torch.Tensor:
     embeds, mask, labels = vlm.embed(batch), batch.mask, batch.labels
     if prefix is not None:
         embeds, mask, labels = prefix.insert(batch, embeds)
-    logits = vlm.answer_logits(batch, embeds, mask, scored(labels)).float()
+    logits = vlm.answer_logits(batch, embeds, mask, target_mask(labels)).float()
     return logits.log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0].cpu()

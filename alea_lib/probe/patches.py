@@ -8,11 +8,11 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ..hooks import read_attention
 from ..locate.tokens import object_tokens
 from ..measures.parse import mentions
 from ..measures.truth import Truth
 from ..tables import DataError
-from ..taps import read_attention
 from ..vlm import VLM, Batch
 from ..worlds.write import Split
 from .grounding import batches, blank_features, log_p
@@ -98,7 +98,7 @@ def _labelled(batch: Batch, tokens: list[int]) -> Batch:
 
 def _attention(vlm: VLM, batch: Batch) -> torch.Tensor:
     """[n,P] of one caption: weights on the picture's positions, mean over layers and heads."""
-    at = batch.targets.nonzero()[:, 1][None]
+    at = batch.target_mask.nonzero()[:, 1][None]
     image, total = batch.ids[0] == vlm.image_id, []
     with read_attention(vlm, lambda _, p: total.append(p[0].mean(0)[:, image].cpu()), at):
         vlm.hidden(vlm.embed(batch), batch.mask, batch)

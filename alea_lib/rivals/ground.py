@@ -10,11 +10,11 @@ import pandas as pd
 import torch
 
 from ..edit.delta import Delta, applied
+from ..hooks import counted
 from ..measures.truth import Truth, read_truth
 from ..probe.answers import captions
 from ..scoring import Benchmarks, Evaluated, evaluate, truncated
 from ..tables import DataError
-from ..taps import counted
 from ..vlm import VLM
 from ..worlds.write import Split
 from .registry import Rival

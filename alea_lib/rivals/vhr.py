@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..taps import replaced_heads
+from ..hooks import replaced_heads
 from ..vlm import VLM, Batch
 from .columns import Columns
 from .registry import Rival, register

@@ -145,11 +145,11 @@ def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[lis
     ids, labels = [], []
     for i, (question, answer) in enumerate(turns):
         prompt = (
-            vlm._prompt_ids(question, n_image)
+            vlm.prompt_ids(question, n_image)
             if i == 0
             else vlm.tokenizer(f"USER: {question} ASSISTANT:", add_special_tokens=False)["input_ids"]
         )
-        reply = vlm._answer_ids(answer, eos=True)
+        reply = vlm.answer_ids(answer, eos=True)
         early = 0
         if len(turns) > 1:
             end = " in the image? ASSISTANT:" if question.endswith("in the image?") else "? ASSISTANT:"
@@ -239,7 +239,7 @@ def _step(
         seen = features[torch.as_tensor(indices)].float()
         projected = vlm.model.model.multi_modal_projector(seen)
         batch = collate(vlm, projected, [training_text(int(i), step, s, asked) for i in indices])
-        loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][batch.targets[:, :-1]])
+        loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][batch.target_mask[:, :-1]])
         align = alignment_loss(vlm, tower, seen, projected, pieces)
         (loss + s.align * align).backward()
         losses.append(loss.item())

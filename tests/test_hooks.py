@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from alea_lib.taps import (
-    SilentTap,
+from alea_lib.hooks import (
+    SilentHook,
     counted,
     full_weight,
     read_attention,
@@ -75,10 +75,10 @@ def test_reading_is_undone(tiny, batch):
 
 
 def test_a_silent_tap_is_an_error(tiny):
-    with pytest.raises(SilentTap, match="forward pass"), read_layers(tiny, lambda layer, h: None):
+    with pytest.raises(SilentHook, match="forward pass"), read_layers(tiny, lambda layer, h: None):
         pass
     rows = torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(SilentTap, match="forward pass"), read_attention(tiny, lambda layer, p: None, rows):
+    with pytest.raises(SilentHook, match="forward pass"), read_attention(tiny, lambda layer, p: None, rows):
         pass
     assert ours(tiny.model) == []
 
@@ -240,7 +240,7 @@ def test_new_taps_are_errors_when_silent(tiny):
         replaced_outputs(tiny, "layer", nothing, [0]),
     ]
     for tap in [*taps, read_parts(tiny, nothing, torch.ones(1, 1))]:
-        with pytest.raises(SilentTap, match="forward pass"), tap:
+        with pytest.raises(SilentHook, match="forward pass"), tap:
             pass
     assert ours(tiny.model) == []
 

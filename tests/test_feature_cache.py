@@ -7,10 +7,10 @@ import pytest
 import torch
 from conftest import build_tiny
 
-from alea_lib import seen as module
+from alea_lib import feature_cache as module
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.settings import EditSettings
-from alea_lib.seen import Features, fingerprint, folder_name, whole
+from alea_lib.feature_cache import Features, fingerprint, folder_name, whole
 
 
 @pytest.fixture
@@ -18,13 +18,13 @@ def cached(tmp_path):
     """A model of its own that keeps its features, and how many images it has really looked at."""
     vlm = build_tiny()
     vlm.cache, vlm.looked = tmp_path / "features", 0
-    see = vlm.see
+    see = vlm.compute_features
 
     def counting(images, *rest):
         vlm.looked += len(images)
         return see(images, *rest)
 
-    vlm.see = counting
+    vlm.compute_features = counting
     return vlm
 
 

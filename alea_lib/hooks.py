@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .vlm import VLM
 
 
-class SilentTap(RuntimeError):
+class SilentHook(RuntimeError):
     """A hook that was set but never reached: the module did not run in this forward pass."""
 
 
@@ -99,7 +99,7 @@ def _hooked(vlm: VLM, part: str, layers, before=None, after=None) -> Iterator[No
             stack.callback(handle.remove)
         yield
         if silent := sorted(set(wanted) - fired):
-            raise SilentTap(
+            raise SilentHook(
                 f"{part} of layers {silent} of {vlm.key} did not run while it was read or replaced; "
                 "run a forward pass inside the block"
             )
@@ -282,7 +282,7 @@ def _attention(vlm: VLM, attend: Callable) -> Iterator[None]:
     finally:
         vlm.model.set_attn_implementation({"text_config": before})
     if not fired:
-        raise SilentTap(
+        raise SilentHook(
             f"no attention of {vlm.key} ran while it was read or replaced; run a forward pass inside the block"
         )
 

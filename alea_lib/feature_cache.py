@@ -92,7 +92,7 @@ def cached_features(vlm, images: list[Path | str], cache: Path, batch_size: int)
     todo = list(missing.items())
     for start in tqdm(range(0, len(todo), batch_size), desc="features", disable=not todo):
         part = todo[start : start + batch_size]
-        for (file, _), one in zip(part, vlm.see([image for _, image in part], batch_size)):
+        for (file, _), one in zip(part, vlm.compute_features([image for _, image in part], batch_size)):
             _write(file, one.half() if one.dtype == torch.float32 else one, len(todo) - start)
     first = _read(files[0])
     return Features(files, tuple(first.shape), first.dtype)
