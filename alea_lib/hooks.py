@@ -13,15 +13,17 @@ import torch.nn.functional as F
 
 from .vlm import VLM
 
+Take = Callable[[int, torch.Tensor], None]
+Change = Callable[[int, torch.Tensor], torch.Tensor]
+Layers = Iterable[int] | None  # None: all
+
 
 class SilentHook(RuntimeError):
     """A hook that was set but never reached: the module did not run in this forward pass."""
 
 
 @contextmanager
-def read_outputs(
-    vlm: VLM, part: str, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
-) -> Iterator[None]:
+def read_outputs(vlm: VLM, part: str, take: Take, layers: Layers = None) -> Iterator[None]:
     """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each
     layer."""
 
@@ -32,15 +34,13 @@ def read_outputs(
         yield
 
 
-def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None):
+def read_layers(vlm: VLM, take: Take, layers: Layers = None):
     """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer (before any final norm)."""
     return read_outputs(vlm, "layer", take, layers)
 
 
 @contextmanager
-def read_heads(
-    vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
-) -> Iterator[None]:
+def read_heads(vlm: VLM, take: Take, layers: Layers = None) -> Iterator[None]:
     """Call ``take(layer, o)`` with the head outputs o [B,T,H,D/H] of each layer, before ``o_proj`` mixes them."""
 
     def hook(layer, x):
@@ -51,9 +51,7 @@ def read_heads(
 
 
 @contextmanager
-def replaced_outputs(
-    vlm: VLM, part: str, change: Callable[[int, torch.Tensor], torch.Tensor], layers: Iterable[int]
-) -> Iterator[None]:
+def replaced_outputs(vlm: VLM, part: str, change: Change, layers: Iterable[int]) -> Iterator[None]:
     """Let the part of these layers give ``change(layer, out)`` [B,T,D] instead of its output ``out``."""
 
     def hook(layer, output):
@@ -66,9 +64,7 @@ def replaced_outputs(
 
 
 @contextmanager
-def replaced_heads(
-    vlm: VLM, change: Callable[[int, torch.Tensor], torch.Tensor], layers: Iterable[int]
-) -> Iterator[None]:
+def replaced_heads(vlm: VLM, change: Change, layers: Iterable[int]) -> Iterator[None]:
     """Let ``o_proj`` of these layers read ``change(layer, o)`` [B,T,H,D/H] instead of the head outputs ``o``."""
 
     def hook(layer, x):
@@ -106,6 +102,19 @@ def _hooked(vlm: VLM, part: str, layers, before=None, after=None) -> Iterator[No
 
 
 @contextmanager
+def _forward_replaced(modules: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Let modules run other functions; afterwards each has the forward back that it had before, be it its class's."""
+    with ExitStack() as stack:
+        for module, forward in modules.items():
+            if "forward" in module.__dict__:
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(module.__dict__.pop, "forward", None)
+            module.forward = forward
+        yield
+
+
+@contextmanager
 def started_at(vlm: VLM, layer: int, h: torch.Tensor) -> Iterator[None]:
     """Let the language model run from ``layer`` on, with ``h`` [B,T,D] as that layer's input.
 
@@ -117,14 +126,7 @@ def started_at(vlm: VLM, layer: int, h: torch.Tensor) -> Iterator[None]:
         return h
 
     passed_over.counts = False
-    with ExitStack() as stack:
-        for module in [vlm.module("layer", i) for i in range(layer)]:
-            own = module.__dict__.get("forward")
-            module.forward = passed_over
-            if own is None:
-                stack.callback(module.__dict__.pop, "forward")
-            else:
-                stack.callback(setattr, module, "forward", own)
+    with _forward_replaced({vlm.module("layer", i): passed_over for i in range(layer)}):
         yield
 
 
@@ -159,9 +161,14 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
     """Let linear modules compute with other weights, {module name: [out, in]}; the model's own stay untouched.
 
     The weights may be fp32 leaf tensors that require grad (master copies), whatever the model's dtype or
-    quantisation: they are cast to the input's dtype at each call. Raises KeyError for an unknown module.
+    quantisation: they are cast to the input's dtype at each call. Blocks may be nested; of two weights for one module
+    the inner one counts. Raises KeyError for an unknown module, ValueError for another shape.
     """
-    modules = {}
+
+    def computing_with(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable:
+        return lambda x: F.linear(x, weight.to(x.dtype), bias)
+
+    forwards = {}
     for name, weight in weights.items():
         try:
             module = vlm.model.get_submodule(name)
@@ -173,27 +180,23 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
             raise ValueError(
                 f"{name} is {module.out_features} x {module.in_features}, the weight {tuple(weight.shape)}"
             )
-        modules[name] = module
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            module.forward = lambda x, w=weights[name], b=module.bias: F.linear(x, w.to(x.dtype), b)
-            stack.callback(module.__dict__.pop, "forward")
+        forwards[module] = computing_with(weight, module.bias)
+    with _forward_replaced(forwards):
         yield
 
 
 def full_weight(vlm: VLM, name: str) -> torch.Tensor:
     """A detached fp32 copy of a linear module's weight [out, in], dequantised where the base is 4-bit."""
-    module = vlm.model.get_submodule(name)
-    if module.weight.dtype == torch.uint8:
+    weight = vlm.model.get_submodule(name).weight
+    if weight.dtype == torch.uint8:
         import bitsandbytes
 
-        weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        return weight.detach().float().clone()
-    return module.weight.detach().float().clone()
+        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight.detach().float().clone()
 
 
 @contextmanager
-def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: torch.Tensor) -> Iterator[None]:
+def read_attention(vlm: VLM, take: Take, rows: torch.Tensor) -> Iterator[None]:
     """Call ``take(layer, p)`` with the attention p [B,H,R,K] of the query positions ``rows`` [B,R] of each layer.
 
     The output still comes from the fused kernel; only these rows' softmax is computed beside it, one layer at a time.
@@ -208,7 +211,7 @@ def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: to
 
 
 @contextmanager
-def read_parts(vlm: VLM, take: Callable[[int, torch.Tensor], None], keys: torch.Tensor) -> Iterator[None]:
+def read_parts(vlm: VLM, take: Take, keys: torch.Tensor) -> Iterator[None]:
     """Call ``take(layer, part)`` with what the key positions ``keys`` [B,K] bool add to the head outputs, [B,T,H,D/H].
 
     Head outputs are sums over keys of attention times value; the rest of the sum is the head output minus the part.
@@ -226,7 +229,7 @@ def read_parts(vlm: VLM, take: Callable[[int, torch.Tensor], None], keys: torch.
 
 @contextmanager
 def weighed_attention(
-    vlm: VLM, weigh: Callable[[int, torch.Tensor], torch.Tensor | None], layers: Iterable[int] | None = None
+    vlm: VLM, weigh: Callable[[int, torch.Tensor], torch.Tensor | None], layers: Layers = None
 ) -> Iterator[None]:
     """Let the last position of each pass attend with the weights ``weigh(layer, scores)`` [B,H,K] in these layers.
 

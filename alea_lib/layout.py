@@ -70,18 +70,18 @@ def as_they_are(vlm, batch) -> torch.Tensor:
 
 def queried(vlm, batch) -> torch.Tensor:
     """The Q-Former's answer to image and question (InstructBLIP), projected."""
-    model, seen = vlm.model, batch.features.to(vlm.model.dtype)
+    model, features = vlm.model, batch.features.to(vlm.device, vlm.model.dtype)
     # positions are absolute: padding on the left would shift the question
     asked = vlm.processor.qformer_tokenizer(
         list(batch.questions), padding=True, padding_side="right", return_tensors="pt"
-    ).to(seen.device)
-    queries = model.query_tokens.expand(len(seen), -1, -1)
+    ).to(features.device)
+    queries = model.query_tokens.expand(len(features), -1, -1)
     states = model.qformer(
         input_ids=asked["input_ids"],
         attention_mask=torch.cat([asked["attention_mask"].new_ones(queries.shape[:2]), asked["attention_mask"]], 1),
         query_embeds=queries,
-        encoder_hidden_states=seen,
-        encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+        encoder_hidden_states=features,
+        encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=features.device),
     ).last_hidden_state
     return model.language_projection(states[:, : queries.shape[1]])
 
@@ -118,10 +118,10 @@ def prefix_mask(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, tor
     count from 1. The mask is additive, [B,1,T - start,T]."""
     at = torch.arange(mask.shape[1], device=mask.device)
     prompt = at < batch.answer[:, None] + mask.shape[1] - batch.ids.shape[1]
-    seen = (at <= at[:, None]) | (prompt[:, :, None] & prompt[:, None, :])
+    visible = (at <= at[:, None]) | (prompt[:, :, None] & prompt[:, None, :])
     dtype = vlm.model.dtype
-    allowed = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
-    allowed = allowed.masked_fill(~(seen & (mask[:, None, :] != 0)), torch.finfo(dtype).min)
+    allowed = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
+    allowed = allowed.masked_fill(~(visible & (mask[:, None, :] != 0)), torch.finfo(dtype).min)
     return {"attention_mask": allowed[:, None, start:], "position_ids": (at + 1).expand(len(mask), -1)[:, start:]}
 
 

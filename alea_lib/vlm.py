@@ -188,7 +188,7 @@ class VLM:
         where = (batch.ids == self.image_id).unsqueeze(-1)
         if not where.any():
             return embeds
-        return embeds.masked_scatter(where, self.row.project(self, batch).to(embeds.dtype))
+        return embeds.masked_scatter(where, self.row.project(self, batch).to(embeds))
 
     # ---- scoring ---------------------------------------------------------------------------------------------
     def hidden(

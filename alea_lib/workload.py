@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 from .budget import Shape, matrices, parameters
+from .locate.registry import all_passes
 
 COMPUTE, TRAFFIC = 0.35, 0.6  # shares of the card's rates that are reached: assumed
 PACKED, READ, WRITTEN = 0.5, 2.0, 2.0  # bytes a number: NF4 read, unpacked to half precision and read again
@@ -101,13 +102,13 @@ def _activate(p, c: Costs) -> float:
 
 def _layers(p, c: Costs) -> float:
     """Locators, then an edit and captions a layer (``edit_benefit``)."""
-    forwards = p.N_PAIRS * layer_passes(c.shape.layers)[0]
+    forwards = p.N_PAIRS * all_passes("layer", c.shape.layers, c.shape.heads)[0]
     own = sum(c.trains(2 * p.N_EDIT, 1 - i / c.shape.layers) for i in range(c.shape.layers))
     return c.reads(forwards) + own + c.shape.layers * c.writes(p.N_VALIDATE)
 
 
 def _heads(p, c: Costs) -> float:
-    return c.reads(p.N_PAIRS * head_passes(c.shape.layers, c.shape.heads)[0]) + 4 * c.writes(p.N_VALIDATE)
+    return c.reads(p.N_PAIRS * all_passes("head", c.shape.layers, c.shape.heads)[0]) + 4 * c.writes(p.N_VALIDATE)
 
 
 def _prefix(p, c: Costs) -> float:
@@ -138,16 +139,6 @@ def _measure(p, c: Costs) -> float:
 
 def _robustness(p, c: Costs) -> float:
     return (1 + len(p.METHODS)) * (_prefix(p, c) + 3 * c.writes(p.N_TEST))
-
-
-def layer_passes(layers: int) -> tuple[float, float]:
-    """Forward and backward passes a pair of all layer locators with their standard settings."""
-    return 26.0 + 2 * layers, 2.0
-
-
-def head_passes(layers: int, heads: int) -> tuple[float, float]:
-    """The same of all head locators."""
-    return 14.0 + layers * (heads + 1), 4.0
 
 
 STAGES: dict[str, Callable[[SimpleNamespace, Costs], float]] = {

@@ -11,7 +11,7 @@ from conftest import build_tiny
 from alea_lib import budget, workload
 from alea_lib.budget import Plan, read_shape
 from alea_lib.hooks import replaced_linear
-from alea_lib.locate.registry import locators
+from alea_lib.locate.registry import LAYER_LOCATORS, TARGETS, all_passes, layer_locator, locators
 from alea_lib.runs import RunError, root
 
 SEVEN = "llava-hf/llava-1.5-7b-hf"
@@ -188,11 +188,31 @@ def test_unknown_model_and_broken_configuration():
 # ---- time
 
 
-@pytest.mark.parametrize("layers, heads", [(6, 6), (32, 32), (40, 40)])
+@pytest.mark.parametrize("layers, heads", [(6, 6), (32, 32), (40, 40), (28, 16)])
 def test_passes_of_the_locators(layers, heads):
-    table = locators(layers, heads).groupby("target")[["forwards", "backwards"]].sum()
-    assert tuple(table.loc["layer"]) == workload.layer_passes(layers)
-    assert tuple(table.loc["head"]) == workload.head_passes(layers, heads)
+    """Those of this study by hand; all that are registered, also a reader's own, as their rows declare."""
+    table = locators(layers, heads).set_index(["target", "locator"])[["forwards", "backwards"]]
+    ours = {
+        "layer": ("relative-l2", "raw-l2", "cosine", "increment", "whitened", "svd-energy", "probe", "tracing",
+                  "ablation", "gradient", "attention-entropy", "random", "first", "last", "all", "weight-norm"),
+        "head": ("zero-ablation", "gradient", "route", "vhd", "image-attention", "output-difference", "random",
+                 "weight-norm"),
+    }  # fmt: skip
+    found = {target: tuple(table.loc[[(target, n) for n in names]].sum()) for target, names in ours.items()}
+    assert found == {"layer": (26 + 2 * layers, 2), "head": (14 + heads * (layers + 1), 4)}
+    for target in ours:
+        assert all_passes(target, layers, heads) == tuple(table.loc[target].sum())
+
+
+def test_a_locator_of_ones_own_is_counted(monkeypatch):
+    """A row that a reader adds, with the cost that it declares, in the arithmetic of its stage."""
+    params = {"N_PAIRS": 10, "N_VALIDATE": 4, "N_EDIT": 4}
+    before = workload.stage_seconds("03_locate_layers", "", params, costs())
+    monkeypatch.setitem(TARGETS, "layer", dict(LAYER_LOCATORS))
+    layer_locator("mine", needs=("states",), cost=7, symmetry="even", formula="x", source="mine")(None)
+    assert "mine" not in LAYER_LOCATORS
+    after = workload.stage_seconds("03_locate_layers", "", params, costs())
+    assert after - before == pytest.approx(costs().reads(10 * 7))
 
 
 def costs(**changes) -> workload.Costs:

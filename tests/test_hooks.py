@@ -136,6 +136,55 @@ def test_replacing_is_undone_after_an_exception(tiny):
     assert "forward" not in tiny.model.get_submodule(name).__dict__
 
 
+def test_replacements_nest(tiny, batch):
+    """The inner weight counts where both name a module, the outer one is back after it, also after an exception."""
+    first, second = (tiny.address("down_proj", i) for i in (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(64, 128, generator=generator) for _ in range(3))
+
+    @torch.no_grad()
+    def run():
+        return forward(tiny, batch).last_hidden_state
+
+    def alone(weights):
+        with replaced_linear(tiny, weights):
+            return run()
+
+    outer, both, inner = alone({first: a}), alone({first: a, second: b}), alone({first: c, second: b})
+    base = run()
+    with replaced_linear(tiny, {first: a}):
+        with replaced_linear(tiny, {second: b}):
+            assert torch.equal(run(), both)
+        assert torch.equal(run(), outer)
+        with replaced_linear(tiny, {first: c, second: b}):
+            assert torch.equal(run(), inner)
+        assert torch.equal(run(), outer)
+        with pytest.raises(KeyboardInterrupt), replaced_linear(tiny, {first: c}):
+            raise KeyboardInterrupt
+        assert torch.equal(run(), outer)
+    assert torch.equal(run(), base) and ours(tiny.model) == []
+    assert not torch.equal(outer, inner) and not torch.equal(outer, base)
+
+
+def test_a_forward_of_its_own_is_back_afterwards(tiny, batch):
+    """Of a quantised layer, or one that another library has wrapped."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4")
+    tiny.model.nested, own = layer, layer.forward
+    try:
+        with replaced_linear(tiny, {"nested": torch.zeros(64, 128)}):
+            with replaced_linear(tiny, {"nested": torch.ones(64, 128)}):
+                assert layer(torch.ones(1, 128)).eq(128).all()
+            assert layer(torch.ones(1, 128)).eq(0).all()
+        assert "forward" not in layer.__dict__ and layer.forward == own
+        layer.forward = wrapped = lambda x: own(x)
+        with replaced_linear(tiny, {"nested": torch.zeros(64, 128)}):
+            pass
+        assert layer.forward is wrapped
+    finally:
+        del tiny.model.nested
+
+
 def test_replacing_what_is_not_there(tiny):
     good = {tiny.address("down_proj", 0): torch.zeros(64, 128)}
     with (

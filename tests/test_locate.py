@@ -15,8 +15,9 @@ from alea_lib.locate.probed import Probed
 from alea_lib.locate.registry import layer_locator
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.locate.tokens import contrast_weights, divergence, encode, object_tokens, pooling_weights, suspects
+from alea_lib.locate.tokens import contrast_weights, divergence, encode, pooling_weights, suspects
 from alea_lib.tables import DataError
+from alea_lib.tokens import object_tokens
 from alea_lib.vlm import VLM
 
 PAIRS = pd.DataFrame(

@@ -268,3 +268,17 @@ def test_a_model_in_the_repository_comes_first(tmp_path, monkeypatch):
     (tmp_path / "data" / "models" / "mine").mkdir(parents=True)
     assert model_path("mine") == tmp_path / "data" / "models" / "mine"
     assert model_path("org/theirs") == "org/theirs"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_no_flag_of_torch_is_left_changed(tiny, tiny_world, tmp_path, monkeypatch, allowed):
+    """Convolutions run in fp32 while the model looks at images, and whatever was set before is back afterwards."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    tiny.model.save_pretrained(tmp_path / "m")
+    tiny.processor.save_pretrained(tmp_path / "m")
+    again, found = load(str(tmp_path / "m"), device="cpu"), []
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    conv = next(m for m in again.model.modules() if isinstance(m, torch.nn.Conv2d))
+    conv.register_forward_hook(lambda *_: found.append(torch.backends.cudnn.allow_tf32))
+    again.features(tiny_world.split("activate").files[:1])
+    assert found == [False] and torch.backends.cudnn.allow_tf32 is allowed

@@ -1,46 +1,16 @@
-"""Which tokens of an answer are meant: its objects, its own tokens, and what they weigh."""
+"""Which tokens of a pair's answers locators compare, and what they weigh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
-from ..measures.parse import mentions
 from ..tables import DataError
+from ..tokens import object_tokens
 from ..vlm import VLM, Batch
 from .settings import LocateSettings
-
-
-class ObjectToken(NamedTuple):
-    """An object that an answer names and the index of its word's first token among the answer's tokens."""
-
-    category: str
-    token: int
-
-
-def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[ObjectToken]:
-    """The objects of an answer in reading order, with the first token of each one's word.
-
-    The tokens are those of ``VLM.encode``; words of several tokens (byte pairs, "hot dog") are met at their first. A
-    fast tokenizer's offsets say where a token lies; without them the lengths of growing beginnings of the text do.
-    """
-    text, before = vlm.answer_text(answer)
-    found = mentions(text, family)
-    if not found:
-        return []
-    if vlm.tokenizer.is_fast:
-        spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = [end for _, end in spans]
-        return [ObjectToken(m.category, next(i for i, end in enumerate(ends) if end > m.start) - before) for m in found]
-    return [ObjectToken(m.category, _tokens_before(vlm, text, m.start) - before) for m in found]
-
-
-def _tokens_before(vlm: VLM, text: str, start: int) -> int:
-    """Number of tokens before the word at ``start``, from the beginning of the text; a blank belongs to its word."""
-    return len(vlm.tokenizer(text[:start].rstrip(), add_special_tokens=False)["input_ids"])
 
 
 def suspects(vlm: VLM, positive: str, negative: str, wrong: Iterable[str]) -> tuple[list[int], list[int], list[int]]:

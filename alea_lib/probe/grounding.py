@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from ..hooks import read_attention
-from ..locate.tokens import object_tokens
 from ..measures.truth import Truth
+from ..tokens import object_tokens
 from ..vlm import VLM, Batch, target_mask
 from ..worlds.write import Split
 

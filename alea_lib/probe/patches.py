@@ -9,10 +9,10 @@ import torch
 from tqdm import tqdm
 
 from ..hooks import read_attention
-from ..locate.tokens import object_tokens
 from ..measures.parse import mentions
 from ..measures.truth import Truth
 from ..tables import DataError
+from ..tokens import object_tokens
 from ..vlm import VLM, Batch
 from ..worlds.write import Split
 from .grounding import batches, blank_features, log_p
