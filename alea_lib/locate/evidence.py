@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..hooks import counted, full_weight, read_attention, read_heads, read_layers, read_outputs
+from ..hooks import counted, full_weight, read_attention, read_heads, read_layers
 from ..tables import DataError
 from ..vlm import VLM
 from .settings import LocateSettings
@@ -58,8 +58,8 @@ class Work:
         self.vlm, self.settings = evidence.vlm, evidence.settings
         part = evidence.pairs.iloc[rows]
         self.texts = (part["positive"].tolist(), part["negative"].tolist(), part["wrong"].tolist())
-        self.features = evidence.features[torch.as_tensor(rows)].to(evidence.features.device)  # read from disk once
-        self.batch = encode(self.vlm, torch.cat([self.features] * 2), self.texts[0] + self.texts[1], self.settings)
+        features = torch.cat([evidence.features[torch.as_tensor(rows)]] * 2)
+        self.batch = encode(self.vlm, features, self.texts[0] + self.texts[1], self.settings)
         self.final: torch.Tensor | None = None  # what the plain pass ends in, after the last norm
 
     @cached_property
@@ -215,16 +215,6 @@ def geometry(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     product = norms[0] * norms[1]
     cosine = torch.where(product > 0, (a * b).sum(-1) / product.clamp_min(1e-30), 1.0)
     return torch.stack([(a - b).norm(dim=-1), (norms[0] + norms[1]) / 2, cosine], -1)
-
-
-@reader("mlps")
-def mlps(work: Work, out: dict) -> Iterator[None]:
-    """``mean`` [n,L,D]: the MLPs' outputs, averaged over the answers' tokens of a pair."""
-    pooled = [None] * work.vlm.n_layers
-    with read_outputs(work.vlm, "down_proj", lambda layer, x: pooled.__setitem__(layer, work.pooled(x))):
-        yield
-    positive, negative = work.answers(pooled)
-    out["mean"] = (positive + negative) / 2
 
 
 @reader("heads")

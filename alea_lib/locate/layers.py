@@ -141,11 +141,11 @@ def left_out(p: np.ndarray, n: np.ndarray, ridge: float = 1.0) -> np.ndarray:
 
 @layer_locator(
     "tracing", needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1), symmetry="odd",
-    formula="contrast(corrupted image, layers around $l$ restored) - contrast(corrupted image), of $p$",
+    formula="contrast(grey image, MLP$_l$ restored) - contrast(grey image), of $p$",
     source="causal tracing (Meng et al. 2022)",
 )  # fmt: skip
 def tracing(e: Evidence) -> np.ndarray:
-    """Indirect effect of a window of layers on the probability of the wrong against the truthful objects."""
+    """Indirect effect of the layer's MLP on the probability of the wrong against the truthful objects."""
     return e["tracing"]["effect"]
 
 

@@ -41,7 +41,7 @@ def divergence(vlm: VLM, positive: str, negative: str) -> tuple[int | None, int 
 
 def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettings) -> Batch:
     """Answers after image and prompt, or without one or both, padded on the right."""
-    batch = vlm.encode(features, vlm.prompt(s.prompt or "plain"), answers, eos=s.eos)
+    batch = vlm.encode(features, vlm.prompt(s.prompt or "plain"), answers, eos=False)
     if s.prompt is None:
         batch = replace(batch, questions=("",) * len(batch.ids))
     if s.prompt is not None and s.image:
@@ -86,8 +86,6 @@ def pooling_weights(vlm: VLM, batch: Batch, positives: list[str], negatives: lis
                 last = int(own[row].nonzero()[-1]) - int(batch.answer[row])
                 picked[row, [int(batch.answer[row]) + (last if t is None else t) for t in at]] = True
         own = torch.where(picked.any(1, keepdim=True), picked, own)
-    if s.read_at == "before":
-        own = own.roll(-1, 1)
     weight = own.float()
     return weight / weight.sum(1, keepdim=True)
 
