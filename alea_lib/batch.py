@@ -20,7 +20,7 @@ class Limits:
     keep: int | None = None
 
     def of(self, name: str, wanted: int) -> int:
-        """The batch size to use where ``wanted`` is asked for."""
+        """The batch size to use where ``wanted`` would be best."""
         return min(wanted, getattr(self, name) or wanted)
 
     def microbatches(self, pick: np.ndarray) -> list[np.ndarray]:

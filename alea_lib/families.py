@@ -99,7 +99,7 @@ TILES = {
     "end": "<end_of_utterance>",
     "short_answer": "{question}\nAnswer yes or no.",
     "nested": True,
-    "image_options": (("do_image_splitting", False),),  # the whole picture in one tile
+    "image_options": (("do_image_splitting", False),),  # the whole image in one tile
     "unquantised": ("model.vision_model", "model.connector", "lm_head"),
     **decoder("model.text_model"),
 }

@@ -83,8 +83,8 @@ def cached_features(vlm, images: list[Path | str], cache: Path, batch_size: int)
     """Features of image files, from ``cache`` where they are whole there, computed and kept where not.
 
     A file is named by the image's content, in a folder named by the model, its revision, its processor and the dtype;
-    fp32 features are kept in half precision. What is cut or of another shape is made anew, and what is finished stays
-    when the disk is full (OSError, saying how much is needed).
+    fp32 features are kept in half precision. A damaged file is computed again, and what is finished stays when the
+    disk is full (OSError, saying how much is needed).
     """
     folder = cache / folder_name(vlm)
     for image in images:
@@ -134,7 +134,7 @@ def _read(file: Path) -> torch.Tensor:
             return f.get_tensor(NAME)
     except (SafetensorError, OSError) as error:
         raise OSError(
-            f"{file} was there a moment ago and cannot be read now ({error}); start again: it is made anew"
+            f"{file} was there a moment ago and cannot be read now ({error}); start again: it is computed again"
         ) from error
 
 

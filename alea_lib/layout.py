@@ -72,13 +72,13 @@ def queried(vlm, batch) -> torch.Tensor:
     """The Q-Former's answer to image and question (InstructBLIP), projected."""
     model, features = vlm.model, batch.features.to(vlm.device, vlm.model.dtype)
     # positions are absolute: padding on the left would shift the question
-    asked = vlm.processor.qformer_tokenizer(
+    question = vlm.processor.qformer_tokenizer(
         list(batch.questions), padding=True, padding_side="right", return_tensors="pt"
     ).to(features.device)
-    queries = model.query_tokens.expand(len(features), -1, -1)
+    mask, queries = question["attention_mask"], model.query_tokens.expand(len(features), -1, -1)
     states = model.qformer(
-        input_ids=asked["input_ids"],
-        attention_mask=torch.cat([asked["attention_mask"].new_ones(queries.shape[:2]), asked["attention_mask"]], 1),
+        input_ids=question["input_ids"],
+        attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], 1),
         query_embeds=queries,
         encoder_hidden_states=features,
         encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=features.device),

@@ -40,7 +40,7 @@ def load(
     ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the ``edited_parts``
     (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised.
     ``dtype``: of torch, or its name; float32 if nothing says otherwise. ``revision``: the commit of a hub name. A key
-    of data/hub.yaml is loaded as its row says, whatever else is asked for; more parts may be kept unquantised.
+    of data/hub.yaml is loaded as its row says, whatever else is given; more parts may be kept unquantised.
     Weights are read shard by shard, straight to the device. Raises FileNotFoundError for an unknown key.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText

@@ -74,7 +74,7 @@ def test_reading_is_undone(tiny, batch):
     assert ours(tiny.model) == []
 
 
-def test_a_silent_tap_is_an_error(tiny):
+def test_a_silent_hook_is_an_error(tiny):
     with pytest.raises(SilentHook, match="forward pass"), read_layers(tiny, lambda layer, h: None):
         pass
     rows = torch.zeros(1, 1, dtype=torch.int64)
@@ -279,17 +279,17 @@ def test_passes_are_counted(tiny, batch):
 
 
 @torch.no_grad()
-def test_new_taps_are_errors_when_silent(tiny):
+def test_hooks_on_parts_are_errors_when_silent(tiny):
     def nothing(layer, x):
         return x
 
-    taps = [
+    hooks = [
         read_heads(tiny, nothing),
         replaced_heads(tiny, nothing, [1]),
         replaced_outputs(tiny, "layer", nothing, [0]),
     ]
-    for tap in [*taps, read_parts(tiny, nothing, torch.ones(1, 1))]:
-        with pytest.raises(SilentHook, match="forward pass"), tap:
+    for block in [*hooks, read_parts(tiny, nothing, torch.ones(1, 1))]:
+        with pytest.raises(SilentHook, match="forward pass"), block:
             pass
     assert ours(tiny.model) == []
 

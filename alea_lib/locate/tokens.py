@@ -47,18 +47,18 @@ def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettin
     if s.prompt is not None and s.image:
         return batch
     is_image = batch.ids == vlm.image_id
-    asked = (batch.labels == -100) & ~is_image
-    asked.scatter_(1, asked.long().argmax(1, keepdim=True), False)  # the beginning-of-text token stays
+    prompt = (batch.labels == -100) & ~is_image
+    prompt.scatter_(1, prompt.long().argmax(1, keepdim=True), False)  # the beginning-of-text token stays
     drop = torch.zeros_like(is_image)
     if s.prompt is None:
-        drop |= asked
+        drop |= prompt
     if not s.image:
         drop |= is_image
     return _without(batch, drop, vlm.tokenizer.pad_token_id, s.image)
 
 
 def _without(batch: Batch, drop: torch.Tensor, pad: int, image: bool) -> Batch:
-    """The batch without some of its tokens, padded anew."""
+    """The batch without some of its tokens, padded again."""
     keep = (batch.mask == 1) & ~drop
     width, rows = int(keep.sum(1).max()), len(keep)
     ids, mask = batch.ids.new_full((rows, width), pad), batch.mask.new_zeros(rows, width)

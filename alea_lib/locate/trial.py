@@ -89,7 +89,8 @@ def mean_scores(scores: pd.DataFrame, target: str) -> pd.DataFrame:
 def _located(
     vlm: VLM, few: Split, features, truth: Truth, s: TrialSettings, number: int
 ) -> tuple[pd.DataFrame, Located]:
-    """The model's own pairs, and all locators (and views, and the official choice) on them; random ones draw anew."""
+    """The model's own pairs, and on them all locators, views and the official choice; ``number`` counts the models and
+    gives each other random controls."""
     files, supported = [f.name for f in few.files], [truth[i] for i in few.ids]
     made = activate(vlm, features, few.ids, files, supported, ActivateSettings(label_source="truth"))
     pairs = made.head(s.n_pairs).reset_index(drop=True)
