@@ -287,7 +287,7 @@ def test_an_absolute_index_is_counted_from_the_first_token(tiny, seen, told, sid
 def test_the_official_index_falls_inside_the_answer_of_59_percent(tiny, seen):
     answers = [" ".join(["There is a cup."] * n) for n in range(1, 101)]
     index = official_index(tiny, answers, seen.shape[1])
-    start = len(tiny._prompt_ids(tiny.prompt("plain"), seen.shape[1]))
+    start = len(tiny.prompt_ids(tiny.prompt("plain"), seen.shape[1]))
     ends = [start + len(tiny.answer_ids(a, True)) for a in answers]
     assert sum(start < index < end for end in ends) == 59 and index > start
 
