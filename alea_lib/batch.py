@@ -20,11 +20,11 @@ class Limits:
     keep: int | None = None
 
     def of(self, name: str, wanted: int) -> int:
-        """The batch size to use where ``wanted`` is asked for."""
+        """The batch size to use where ``wanted`` would be best."""
         return min(wanted, getattr(self, name) or wanted)
 
-    def pieces(self, pick: np.ndarray) -> list[np.ndarray]:
-        """A batch of a training step in pieces that a backward pass takes, as equal as can be."""
+    def microbatches(self, pick: np.ndarray) -> list[np.ndarray]:
+        """A batch of a training step in parts that a backward pass takes, as equal as can be."""
         return np.array_split(pick, max(1, -(-len(pick) // (self.train or len(pick) or 1))))
 
 
@@ -65,11 +65,11 @@ class Batch:
         return Batch(ids, mask, labels, self.features[:0], question, answer)
 
     @property
-    def targets(self) -> torch.Tensor:
-        return scored(self.labels)
+    def target_mask(self) -> torch.Tensor:
+        return target_mask(self.labels)
 
 
-def scored(labels: torch.Tensor) -> torch.Tensor:
+def target_mask(labels: torch.Tensor) -> torch.Tensor:
     """[B,T] bool: positions whose *next* token is an answer token, i.e. where logits are compared with labels."""
     out = torch.zeros_like(labels, dtype=torch.bool)
     out[:, :-1] = labels[:, 1:] != -100

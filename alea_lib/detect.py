@@ -1,4 +1,4 @@
-"""Auxiliary detectors by key: which of COCO's categories are in a picture, when annotations are not to be used."""
+"""Auxiliary detectors by key: which of COCO's categories are in an image, when annotations are not to be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from .hub import switched_off
-from .layout import opened
+from .layout import fp32_convolutions, opened
 from .runs import root
 from .tables import DataError
 from .worlds.lexicon import load_lexicon
@@ -32,11 +32,12 @@ class HubDetector:
         """The set of COCO's categories seen in each image (file, array or PIL)."""
         found = []
         for start in tqdm(range(0, len(images), self.batch_size), desc="detect"):
-            shown = [opened(i, 0) for i in images[start : start + self.batch_size]]
-            inputs = self.processor(images=shown, return_tensors="pt").to(self.model.device)
-            seen = self.processor.post_process_object_detection(self.model(**inputs), self.threshold)
-            kinds = [{int(i) for i in boxes["labels"]} for boxes in seen]
-            found += [frozenset(self.classes[i] for i in k if i in self.classes) for k in kinds]
+            given = [opened(i, 0) for i in images[start : start + self.batch_size]]
+            inputs = self.processor(images=given, return_tensors="pt").to(self.model.device)
+            with fp32_convolutions():
+                boxes = self.processor.post_process_object_detection(self.model(**inputs), self.threshold)
+            labels = [{int(i) for i in each["labels"]} for each in boxes]
+            found += [frozenset(self.classes[i] for i in some if i in self.classes) for some in labels]
         return found
 
 

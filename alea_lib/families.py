@@ -1,6 +1,6 @@
 """What is known of each model family, one row each: prompts, chat format, where its parts are, how it sees an image.
 
-With ``vlm``, ``taps`` and ``layout`` this is the only file that knows module names. The page "Add your model" says how
+With ``vlm``, ``hooks`` and ``layout`` this is the only file that knows module names. The page "Add your model" says how
 a row is made and tested.
 """
 
@@ -66,10 +66,10 @@ class Family:
     image_options: tuple[tuple[str, object], ...] = ()  # for the image processor
     nested: bool = False  # the image processor reads a list of images a text
     queries: str = ""  # configuration entry with the number of positions, where it is not that of the features
-    see: Callable = layout.projected
+    vision_features: Callable = layout.projected
     project: Callable = layout.as_they_are
-    told: Callable = layout.causal  # what the decoder is told beside embeddings
-    writes: Callable | None = None  # the same for generate, where it differs
+    decoder_inputs: Callable = layout.causal  # what the decoder takes beside embeddings
+    generate_inputs: Callable | None = None  # the same for generate, where it differs
     writer: str = ""  # the module whose generate writes; "" = the model
     unquantised: tuple[str, ...] = ("model.vision_tower", "model.multi_modal_projector", "lm_head")  # in 4 bits
 
@@ -99,7 +99,7 @@ TILES = {
     "end": "<end_of_utterance>",
     "short_answer": "{question}\nAnswer yes or no.",
     "nested": True,
-    "image_options": (("do_image_splitting", False),),  # the whole picture in one tile
+    "image_options": (("do_image_splitting", False),),  # the whole image in one tile
     "unquantised": ("model.vision_model", "model.connector", "lm_head"),
     **decoder("model.text_model"),
 }
@@ -120,19 +120,19 @@ ROWS = (
     Family(
         "qwen2.5-vl", "qwen2_5_vl", PROMPTS, short_answer="{question} Please answer yes or no.", canvas=448,
         chat=QWEN_CHAT, image_token="<|image_pad|>", lead="", decoders=("qwen2_5_vl_text",),
-        told=layout.grid_positions, unquantised=("model.visual", "lm_head"), **decoder(),
+        decoder_inputs=layout.grid_positions, unquantised=("model.visual", "lm_head"), **decoder(),
     ),
     Family(
         "instructblip", "instructblip", PROMPTS, short_answer="Question: {question} Short answer:",
         chat="<image>{question}", queries="num_query_tokens",
-        see=layout.before_query, project=layout.queried, writer="language_model",
+        vision_features=layout.before_query, project=layout.queried, writer="language_model",
         unquantised=("vision_model", "qformer", "language_projection", "language_model.lm_head"),
         **decoder("language_model.model", "language_model.lm_head"),
     ),
     Family(
         "paligemma", "paligemma", {**PROMPTS, "plain": "describe en"}, short_answer="answer en {question}",
         chat="<image>{question}\n", lead="", decoders=("gemma",),
-        told=layout.prefix_mask, writes=layout.prompt_types, **decoder(),
+        decoder_inputs=layout.prefix_mask, generate_inputs=layout.prompt_types, **decoder(),
     ),
 )  # fmt: skip
 FAMILIES = {row.name: row for row in ROWS}

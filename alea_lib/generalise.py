@@ -17,6 +17,7 @@ from .edit.fit import answer_nll, fit_edit
 from .edit.settings import EditSettings
 from .families import FAMILIES
 from .layout import causal
+from .loading import load
 from .locate.run import locate_heads, locate_layers
 from .locate.settings import LocateSettings
 from .vlm import VLM, load
@@ -39,7 +40,7 @@ def family_table() -> pd.DataFrame:
     rows = []
     for row in FAMILIES.values():
         image = "queries of a Q-Former" if row.queries else "projected patches"
-        mask = "causal" if row.told is causal else row.told.__name__.replace("_", " ")
+        mask = "causal" if row.decoder_inputs is causal else row.decoder_inputs.__name__.replace("_", " ")
         rows.append((row.name, row.model_type, ", ".join(row.decoders), image, mask, row.down_proj, row.o_proj))
     columns = ["family", "model type", "text part", "the image is", "positions and mask", "down_proj", "o_proj"]
     return pd.DataFrame(rows, columns=columns)

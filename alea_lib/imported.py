@@ -41,8 +41,8 @@ def _row(line: str, where: str, by_id: dict, by_file: dict, split: str, family: 
         raise DataError(f"{where}: must be an object with image_id or file, positive and negative")
     image_id = given["image_id"] if "image_id" in given else by_file.get(given.get("file"))
     if image_id not in by_id:
-        asked = "image_id" if "image_id" in given else "file"
-        raise DataError(f"{where}: {asked} {given.get(asked)!r} is no image of split {split!r}")
+        field = "image_id" if "image_id" in given else "file"
+        raise DataError(f"{where}: {field} {given.get(field)!r} is no image of split {split!r}")
     for field in TEXTS:
         if not isinstance(given.get(field), str) or not given[field].strip():
             raise DataError(f"{where}: {field} must be a text that is not empty, it is {given.get(field)!r}")

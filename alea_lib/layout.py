@@ -1,11 +1,13 @@
-"""How families differ in what the language model is told: small functions that the rows of ``families`` point to.
+"""How families differ in what goes into the language model: small functions that the rows of ``families`` point to.
 
 Three kinds, each called by ``VLM`` with itself first:
 
-* *see* (``vlm, inputs -> list``): what the vision side makes of the image processor's output, one [P,D] an image;
+* *vision_features* (``vlm, inputs -> list``): what the vision side makes of the image processor's output, one [P,D] an
+  image;
 * *project* (``vlm, batch -> [B,P,D]``): features as they are put into the embeddings;
-* *told* (``vlm, mask, batch, start -> dict``): what the decoder needs beside the embeddings of positions ``start`` on.
-  ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix, which never stands before the image.
+* *decoder_inputs* (``vlm, mask, batch, start -> dict``): what the decoder needs beside the embeddings of positions
+  ``start`` on. ``mask`` [B,T+k] is the batch's, with ones for the ``k`` rows of a soft prefix, which never stands
+  before the image.
 """
 
 from __future__ import annotations
@@ -37,6 +39,17 @@ def opened(image, canvas: int):
     return ImageOps.pad(image.convert("RGB"), (canvas, canvas), color=(128, 128, 128))
 
 
+@contextmanager
+def fp32_convolutions() -> Iterator[None]:
+    """Convolutions on a GPU in full fp32: TF32, cuDNN's default, would give other captions than a CPU."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 def projected(vlm, inputs: dict) -> list[torch.Tensor]:
     """The model's own image features, after its projector."""
     return list(vlm.model.get_image_features(**inputs).pooler_output)
@@ -57,23 +70,23 @@ def as_they_are(vlm, batch) -> torch.Tensor:
 
 def queried(vlm, batch) -> torch.Tensor:
     """The Q-Former's answer to image and question (InstructBLIP), projected."""
-    model, seen = vlm.model, batch.features.to(vlm.model.dtype)
+    model, features = vlm.model, batch.features.to(vlm.device, vlm.model.dtype)
     # positions are absolute: padding on the left would shift the question
-    asked = vlm.processor.qformer_tokenizer(
+    question = vlm.processor.qformer_tokenizer(
         list(batch.questions), padding=True, padding_side="right", return_tensors="pt"
-    ).to(seen.device)
-    queries = model.query_tokens.expand(len(seen), -1, -1)
+    ).to(features.device)
+    mask, queries = question["attention_mask"], model.query_tokens.expand(len(features), -1, -1)
     states = model.qformer(
-        input_ids=asked["input_ids"],
-        attention_mask=torch.cat([asked["attention_mask"].new_ones(queries.shape[:2]), asked["attention_mask"]], 1),
+        input_ids=question["input_ids"],
+        attention_mask=torch.cat([mask.new_ones(queries.shape[:2]), mask], 1),
         query_embeds=queries,
-        encoder_hidden_states=seen,
-        encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
+        encoder_hidden_states=features,
+        encoder_attention_mask=torch.ones(features.shape[:2], dtype=torch.long, device=features.device),
     ).last_hidden_state
     return model.language_projection(states[:, : queries.shape[1]])
 
 
-# ---- what the decoder is told ----------------------------------------------------------------------------------------
+# ---- what the decoder takes beside embeddings ------------------------------------------------------------------------
 
 
 def causal(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, torch.Tensor]:
@@ -105,10 +118,10 @@ def prefix_mask(vlm, mask: torch.Tensor, batch, start: int = 0) -> dict[str, tor
     count from 1. The mask is additive, [B,1,T - start,T]."""
     at = torch.arange(mask.shape[1], device=mask.device)
     prompt = at < batch.answer[:, None] + mask.shape[1] - batch.ids.shape[1]
-    seen = (at <= at[:, None]) | (prompt[:, :, None] & prompt[:, None, :])
+    visible = (at <= at[:, None]) | (prompt[:, :, None] & prompt[:, None, :])
     dtype = vlm.model.dtype
-    allowed = torch.zeros(seen.shape, dtype=dtype, device=mask.device)
-    allowed = allowed.masked_fill(~(seen & (mask[:, None, :] != 0)), torch.finfo(dtype).min)
+    allowed = torch.zeros(visible.shape, dtype=dtype, device=mask.device)
+    allowed = allowed.masked_fill(~(visible & (mask[:, None, :] != 0)), torch.finfo(dtype).min)
     return {"attention_mask": allowed[:, None, start:], "position_ids": (at + 1).expand(len(mask), -1)[:, start:]}
 
 

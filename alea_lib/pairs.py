@@ -41,32 +41,23 @@ def activate(
     ``supported``: the categories that the detector (or the truth) says are in each image. Columns: image_id, image,
     positive, negative, wrong, label_source, prompt_negative, prompt_positive.
     """
-    options = {"max_new_tokens": settings.max_new_tokens}
-    negatives = vlm.generate(features, vlm.prompt(settings.negative_prompt), progress="negatives", **options)
-    drafts = vlm.generate(features, vlm.prompt(settings.positive_prompt), progress="positives", **options)
+    s, options = settings, {"max_new_tokens": settings.max_new_tokens}
+    negatives = vlm.generate(features, vlm.prompt(s.negative_prompt), progress="negatives", **options)
+    drafts = vlm.generate(features, vlm.prompt(s.positive_prompt), progress="positives", **options)
     rows = []
-    for i, (negative, draft) in enumerate(zip(negatives, drafts)):
-        wrong = sorted({m.category for m in mentions(negative.text, settings.family)} - supported[i])
-        positive = keep_supported(draft.text, supported[i], settings.family)
+    for image_id, file, there, negative, draft in zip(image_ids, files, supported, negatives, drafts, strict=True):
+        wrong = sorted({m.category for m in mentions(negative.text, s.family)} - there)
+        positive = keep_supported(draft.text, there, s.family)
         if wrong and positive and positive != negative.text:
-            rows.append(
-                {
-                    "image_id": image_ids[i],
-                    "image": files[i],
-                    "positive": positive,
-                    "negative": negative.text,
-                    "wrong": wrong,
-                    "label_source": settings.label_source,
-                    "prompt_negative": settings.negative_prompt,
-                    "prompt_positive": settings.positive_prompt,
-                }
-            )
+            rows.append((image_id, file, positive, negative.text, wrong))
     if not rows:
         raise ValueError(
             f"no pair among {len(image_ids)} images: no negative answer names an unsupported object; "
             "use more images or a model that hallucinates"
         )
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows, columns=["image_id", "image", "positive", "negative", "wrong"])
+    prompts = {"prompt_negative": s.negative_prompt, "prompt_positive": s.positive_prompt}
+    return table.assign(label_source=s.label_source, **prompts)
 
 
 def keep_supported(text: str, supported: frozenset[str], family: str = "singularise") -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .taps import replaced_linear, started_at
-from .vlm import VLM, scored
+from .hooks import replaced_linear, started_at
+from .vlm import VLM, target_mask
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def layer_input(vlm: VLM, layer: int, embeds: torch.Tensor, mask: torch.Tensor) 
 
 def capture(vlm: VLM, layer: int, embeds: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> list[Cached]:
     """The inputs of ``layer`` for each item of a padded batch (either side), without padding."""
-    h, wanted = layer_input(vlm, layer, embeds, mask), scored(labels)
+    h, wanted = layer_input(vlm, layer, embeds, mask), target_mask(labels)
     real = mask.bool()
     return [Cached(h[i, real[i]].clone(), labels[i, labels[i] != -100], wanted[i, real[i]]) for i in range(len(h))]
 
@@ -75,7 +75,7 @@ def run_tail(vlm: VLM, layer: int, items: list[Cached]) -> torch.Tensor:
 def capture_last(vlm: VLM, embeds: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> list[Cached]:
     """For an edit of the last layer's down-projection alone: its residual and its input at the scored positions."""
     last = vlm.n_layers - 1
-    name, wanted, kept = vlm.address("down_proj", last), scored(labels), {}
+    name, wanted, kept = vlm.address("down_proj", last), target_mask(labels), {}
 
     def residual(_, args, output):
         kept["residual"] = output[wanted].clone()

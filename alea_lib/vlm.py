@@ -1,4 +1,4 @@
-"""Load any vision-language model of a known family, and let it read, score and write in batches."""
+"""A vision-language model of a known family that reads, scores and writes in batches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .batch import Batch, Limits, scored  # noqa: F401  (others import it from here)
-from .families import Family, family
-from .hub import snapshot, switched_off
-from .layout import causal, opened, reading_embeddings
-from .runs import root
-from .runs.rows import ModelRow, model_row
-from .seen import cached_features
+from .batch import Batch, Limits, target_mask  # noqa: F401  (others import it from here)
+from .families import Family
+from .feature_cache import cached_features
+from .layout import causal, fp32_convolutions, opened, reading_embeddings
 
 
 @dataclass(frozen=True)
@@ -92,30 +89,30 @@ class VLM:
     def features(self, images: list, batch_size: int = 64, change=None) -> torch.Tensor:
         """Image features [N,P,D] of PIL images, arrays or files. FileNotFoundError names a missing file.
 
-        With a ``cache`` folder those of files are kept there, and read from there in batches (see :mod:`.seen`).
+        With a ``cache`` folder those of files are kept there and read in batches (:mod:`.feature_cache`).
         ``change(index, pixels)`` gives other pixel values for those that the model would see of images ``index``;
         such features are never kept.
         """
         batch_size = self.limits.of("see", batch_size)
         if self.cache is not None and change is None and images and all(isinstance(i, (str, Path)) for i in images):
             return cached_features(self, images, self.cache, batch_size)
-        return self.see(images, batch_size, change)
+        return self.compute_features(images, batch_size, change)
 
     @torch.no_grad()
-    def see(self, images: list, batch_size: int = 64, change=None) -> torch.Tensor:
-        """Image features [N,P,D], computed."""
+    def compute_features(self, images: list, batch_size: int = 64, change=None) -> torch.Tensor:
+        """Image features [N,P,D], computed; see :meth:`features`."""
         out, options = [], {"return_tensors": "pt", **dict(self.row.image_options)}
         for start in range(0, len(images), batch_size):
-            shown = [opened(i, self.row.canvas) for i in images[start : start + batch_size]]
-            shown = [[i] for i in shown] if self.row.nested else shown
-            inputs = self.processor.image_processor(shown, **options)
+            opened_images = [opened(i, self.row.canvas) for i in images[start : start + batch_size]]
+            given = [[i] for i in opened_images] if self.row.nested else opened_images
+            inputs = self.processor.image_processor(given, **options)
             inputs = {
                 k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()
             }
             if change is not None:
-                index = range(start, start + len(shown))
-                inputs["pixel_values"] = change(index, inputs["pixel_values"])
-            out += [p.reshape(1, -1, p.shape[-1]) for p in self.row.see(self, inputs)]
+                inputs["pixel_values"] = change(range(start, start + len(given)), inputs["pixel_values"])
+            with fp32_convolutions():
+                out += [p.reshape(1, -1, p.shape[-1]) for p in self.row.vision_features(self, inputs)]
         return torch.cat(out)
 
     def chat(self, question: str) -> str:
@@ -140,9 +137,9 @@ class VLM:
                 f"{len(features)} images, {len(questions)} questions: give one question an image, or one for all"
             )
         places = getattr(self.model.config, self.row.queries) if self.row.queries else features.shape[1]
-        prompts = [self._prompt_ids(q, places) for q in questions]
+        prompts = [self.prompt_ids(q, places) for q in questions]
         start = [self.tokenizer.bos_token_id] * bos
-        tails = [[] for _ in prompts] if answers is None else [start + self._answer_ids(a, eos) for a in answers]
+        tails = [[] for _ in prompts] if answers is None else [start + self.answer_ids(a, eos) for a in answers]
         rows = [p + t for p, t in zip(prompts, tails, strict=True)]
         width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
@@ -158,7 +155,7 @@ class VLM:
         tensors = (t.to(self.device) for t in (ids, mask, labels, features, question, answer))
         return Batch(*tensors, tuple(questions))
 
-    def _prompt_ids(self, question: str, n_image: int) -> list[int]:
+    def prompt_ids(self, question: str, n_image: int) -> list[int]:
         """Tokens of the whole prompt at once; an image that opens it stands even before the beginning of the text."""
         text, image = self.chat(question), self.row.image_token
         if text.startswith(image):
@@ -175,14 +172,15 @@ class VLM:
         before = self.tokenizer(sign, add_special_tokens=False)["input_ids"]
         return f"{sign}{self.row.lead}{answer.strip()}", len(before)
 
-    def _answer_ids(self, answer: str, eos: bool) -> list[int]:
+    def answer_ids(self, answer: str, eos: bool) -> list[int]:
+        """Tokens of an answer after its prompt, with the end token if ``eos``."""
         text, before = self.answer_text(answer)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"][before:]
         return ids + [self.end_id] * eos
 
     def answer_length(self, answer: str, eos: bool = True, bos: bool = False) -> int:
         """Tokens of an answer that a loss counts."""
-        return len(self._answer_ids(answer, eos)) + bos
+        return len(self.answer_ids(answer, eos)) + bos
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """What the language model sees, [B,T,D]: token embeddings with the image features in their places."""
@@ -190,7 +188,7 @@ class VLM:
         where = (batch.ids == self.image_id).unsqueeze(-1)
         if not where.any():
             return embeds
-        return embeds.masked_scatter(where, self.row.project(self, batch).to(embeds.dtype))
+        return embeds.masked_scatter(where, self.row.project(self, batch).to(embeds))
 
     # ---- scoring ---------------------------------------------------------------------------------------------
     def hidden(
@@ -201,11 +199,11 @@ class VLM:
         ``batch`` says where image and answer are; a family whose mask or positions depend on it raises ValueError
         without. With a ``cache`` of the positions before ``start``, ``embeds`` are those from there on.
         """
-        if batch is None and self.row.told is not causal:
+        if batch is None and self.row.decoder_inputs is not causal:
             raise ValueError(f"{self.row.name} needs to know where the image is: call hidden(embeds, mask, batch)")
-        told = self.row.told(self, mask, batch, start)
+        given = self.row.decoder_inputs(self, mask, batch, start)
         return self.language_model(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **told
+            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **given
         ).last_hidden_state
 
     def answer_logits(
@@ -218,7 +216,7 @@ class VLM:
         """Logits [n,V] at the scored positions only, in row order; they predict ``batch.labels`` != -100 in order."""
         embeds = self.embed(batch) if embeds is None else embeds
         h = self.hidden(embeds, batch.mask if mask is None else mask, batch)
-        return self.head(h[batch.targets if targets is None else targets])
+        return self.head(h[batch.target_mask if targets is None else targets])
 
     # ---- writing ---------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -249,12 +247,12 @@ class VLM:
             embeds, mask = self.embed(batch), batch.mask
             if prefix is not None:
                 embeds, mask, _ = prefix.insert(batch, embeds)
-            told = (self.row.writes or self.row.told)(self, mask, batch)
+            given = (self.row.generate_inputs or self.row.decoder_inputs)(self, mask, batch)
             decided = decoding(self, batch, embeds, mask) if decoding else nullcontext({})
             with reading_embeddings(self.writer), decided as how:
                 new = self.writer.generate(
                     inputs_embeds=embeds,
-                    **told,
+                    **given,
                     max_new_tokens=max_new_tokens,
                     suppress_tokens=[self.image_id],
                     eos_token_id=self.end_id,
@@ -268,114 +266,3 @@ class VLM:
         eos = self.end_id in ids
         ids = ids[: ids.index(self.end_id)] if eos else ids
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) + eos, eos)
-
-
-def model_path(key: str) -> Path | str:
-    """Where a model is: ``data/models/<key>`` when that exists; for a key of data/hub.yaml the folder of its pinned
-    revision, downloaded if need be; else a folder or a hub name as given."""
-    local = root() / "data" / "models" / key
-    if local.is_dir():
-        return local
-    pinned = model_row(key)
-    return snapshot(pinned) if pinned else key
-
-
-def load(
-    key: str,
-    four_bit: bool = False,
-    edited_layers: tuple[int, ...] | None = (),
-    dtype: torch.dtype | str | None = None,
-    device: str | None = None,
-    edited_parts: tuple[str, ...] = ("down_proj",),
-    revision: str | None = None,
-) -> VLM:
-    """Load a model by key.
-
-    ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the ``edited_parts``
-    (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised.
-    ``dtype``: of torch, or its name; float32 if nothing says otherwise. ``revision``: the commit of a hub name. A key
-    of data/hub.yaml is loaded as its row says, whatever else is asked for; more parts may be kept unquantised.
-    Weights are read shard by shard, straight to the device. Raises FileNotFoundError for an unknown key.
-    """
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    pinned = model_row(key)
-    if pinned:
-        four_bit, dtype, revision = pinned.four_bit, pinned.dtype, pinned.revision
-    path = model_path(key)
-    if isinstance(path, str) and switched_off() and not Path(path).is_dir():
-        known = sorted(p.name for p in (root() / "data" / "models").glob("*") if (p / "config.json").is_file())
-        raise FileNotFoundError(f"no model {key!r} in data/models (there are {known}) and the hub is switched off")
-    at = {"revision": revision} if revision and isinstance(path, str) else {}
-    config = AutoConfig.from_pretrained(path, **at)
-    text = config.get_text_config()
-    row = family(config.model_type, small=text.hidden_size < 1024, text=text.model_type)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.allow_tf32 = False  # else convolutions on a GPU round fp32, and captions are not a CPU's
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-    layers = range(text.num_hidden_layers)
-    kept = {(part, i) for part in edited_parts for i in (layers if edited_layers is None else edited_layers)}
-    kept |= {(part, i) for part in (pinned.unquantised if pinned else ()) for i in layers}
-    names = tuple(getattr(row, part).format(i=i) for part, i in sorted(kept))
-    options = {"quantization_config": _nf4((*row.unquantised, *names), dtype)} if four_bit else {}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **at, **options)
-    if four_bit:
-        keep_trainable_on_cpu(model)
-    vlm = VLM(model, _processor(path, **at), row, key)
-    return _as_pinned(vlm, pinned) if pinned else vlm
-
-
-def _as_pinned(vlm: VLM, row: ModelRow) -> VLM:
-    """Revision, batch limits and cache of a row."""
-    keep = int(row.keep_gib * 2**30) if row.keep_gib else None
-    vlm.revision, vlm.limits = row.revision, Limits(row.see, row.write, row.read, row.train or None, keep)
-    vlm.cache = root() / "data" / "runs" / "features" if row.cache else None
-    return vlm
-
-
-def layers_of(key: str) -> int:
-    """How many decoder layers a model has, from its configuration alone."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(model_path(key)).get_text_config().num_hidden_layers
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Tokenizer and image processor alone, where a whole processor cannot be made (those of families that also take
-    videos need torchvision)."""
-
-    tokenizer: object
-    image_processor: object
-
-
-def _processor(path, **at):
-    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
-
-    try:
-        return AutoProcessor.from_pretrained(path, backend="pil", **at)
-    except ImportError:
-        images = AutoImageProcessor.from_pretrained(path, backend="pil", **at)
-        return Reader(AutoTokenizer.from_pretrained(path, **at), images)
-
-
-def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(full_precision),
-    )
-
-
-def keep_trainable_on_cpu(model: nn.Module) -> int:
-    """Forbid bitsandbytes' in-place repacking on CPUs with AVX512-BF16, which silently breaks every later gradient."""
-    import bitsandbytes
-
-    layers = [m for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
-    for m in layers:
-        m.support_avx512bf16_for_cpu = False
-    return len(layers)

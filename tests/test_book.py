@@ -144,7 +144,7 @@ def test_the_locator_of_the_page_works_as_written():
 
     function, test = blocks("add_locator.md", "python")
     try:
-        exec(function, vars(layers))
+        exec(f"from __future__ import annotations\n{function}", vars(layers))  # as at the top of the file
         assert LAYER_LOCATORS["mean-abs"].symmetry == "even"
         space = dict(vars(known))
         exec(test, space)

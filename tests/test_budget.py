@@ -11,7 +11,6 @@ from conftest import build_tiny
 from alea_lib import budget
 from alea_lib.budget import Plan, read_shape
 from alea_lib.runs import RunError, root
-from alea_lib.taps import replaced_linear
 
 SEVEN = "llava-hf/llava-1.5-7b-hf"
 
@@ -75,7 +74,7 @@ def test_nf4_as_bitsandbytes_packs_it(rows, columns):
 
 def test_bytes_of_a_loaded_model(small, sizes, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from alea_lib.vlm import load
+    from alea_lib.loading import load
 
     small.model.save_pretrained(tmp_path)
     small.processor.save_pretrained(tmp_path)

@@ -23,7 +23,7 @@ from alea_lib.edit.delta import applied, load_delta, save_delta  # noqa: E402
 from alea_lib.edit.export import export_adapter, export_checkpoint  # noqa: E402
 from alea_lib.edit.fit import answer_nll, fit_edit  # noqa: E402
 from alea_lib.edit.settings import EditSettings  # noqa: E402
-from alea_lib.taps import full_weight, replaced_linear  # noqa: E402
+from alea_lib.hooks import full_weight, replaced_linear  # noqa: E402
 from alea_lib.vlm import load  # noqa: E402
 
 pytestmark = pytest.mark.cuda

@@ -17,7 +17,7 @@ from alea_lib.edit.fit import answer_nll, fit_edit, schedule
 from alea_lib.edit.losses import CachedForward, Reference, kl_divergence
 from alea_lib.edit.settings import EditSettings, preset
 from alea_lib.edit.trained import trained
-from alea_lib.taps import replaced_linear
+from alea_lib.hooks import replaced_linear
 
 SHORT = EditSettings(layers=(1, 3), prefix_share=0.5, epochs=2, batch=3, lr=1e-2)
 

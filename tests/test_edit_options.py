@@ -14,7 +14,7 @@ from alea_lib.edit.fit import fit_edit, schedule
 from alea_lib.edit.losses import dropped, unlikelihood
 from alea_lib.edit.settings import CONTROLS, EditSettings, control_layers, preset
 from alea_lib.edit.trained import head_columns, trained
-from alea_lib.taps import full_weight, replaced_linear
+from alea_lib.hooks import full_weight, replaced_linear
 
 SHORT = EditSettings(layers=(1, 3), prefix_share=0.5, epochs=2, batch=3, lr=1e-2)
 ONE = dataclasses.replace(SHORT, layers=(2,), prefix_share=0.0, kl=0.0, optimiser="sgd", lr=0.5, batch=6)
@@ -67,7 +67,7 @@ def test_half_precision_masters_lose_small_steps(tiny, seen, told):
 def test_start_token_is_a_target_and_the_end_is_not(tiny, seen, told):
     batch = tiny.encode(seen[:1], tiny.prompt("plain"), told[:1], bos=True, eos=False)
     labels = batch.labels[batch.labels != -100].tolist()
-    assert labels == [tiny.tokenizer.bos_token_id, *tiny._answer_ids(told[0], eos=False)]
+    assert labels == [tiny.tokenizer.bos_token_id, *tiny.answer_ids(told[0], eos=False)]
     assert batch.ids[0, batch.answer[0]] == tiny.tokenizer.bos_token_id
     delta, _ = fit_edit(tiny, seen, told, None, dataclasses.replace(ONE, epochs=1, bos=True, eos=False))
     name = tiny.address("down_proj", 2)

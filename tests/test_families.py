@@ -16,10 +16,12 @@ from alea_lib.adversary.prefix import Prefix, PrefixSettings, embedding_scale, r
 from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import answer_nll, fit_edit
 from alea_lib.edit.settings import EditSettings
+from alea_lib.hooks import read_attention, read_heads, read_layers, started_at
 from alea_lib.layout import causal, opened, reading_embeddings
+from alea_lib.loading import load
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.taps import read_attention, read_heads, read_layers, started_at
+from alea_lib.hooks import read_attention, read_heads, read_layers, started_at
 from alea_lib.vlm import Batch, load
 from alea_lib.zoo.tiny import BUILDERS, build
 
@@ -125,7 +127,7 @@ def test_an_answer_is_tokenised_as_after_its_prompt(vlm, features):
     for i, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
         whole = vlm.tokenizer(f"{vlm.chat(question)}{vlm.row.lead}{answer}", add_special_tokens=False)["input_ids"]
         ours = batch.ids[i][batch.mask[i] == 1].tolist()
-        assert ours[-20:] == whole[-20:] and whole[-20:].index(vlm._answer_ids(answer, False)[0]) < 20
+        assert ours[-20:] == whole[-20:] and whole[-20:].index(vlm.answer_ids(answer, False)[0]) < 20
 
 
 @torch.no_grad()
@@ -133,7 +135,7 @@ def test_an_answer_is_tokenised_as_after_its_prompt(vlm, features):
 def test_logits_equal_the_models_own(vlm, images, features, side):
     """Teacher-forced logits on our embeddings are those of the class's own forward on ids and pixels."""
     batch = vlm.encode(features, QUESTIONS, ANSWERS, side=side)
-    theirs = vlm.model(**own_inputs(vlm, batch, images)).logits[batch.targets]
+    theirs = vlm.model(**own_inputs(vlm, batch, images)).logits[batch.target_mask]
     ours = vlm.answer_logits(batch)
     assert theirs.std() > 0.1
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -150,7 +152,7 @@ def test_an_image_moves_its_own_row_alone(vlm, features):
     expected = torch.zeros_like(moved)
     expected[1] = image if vlm.row.queries else image & (image.cumsum(0) == 3)
     assert torch.equal(moved, expected)
-    row = batch.targets.nonzero()[:, 0]
+    row = batch.target_mask.nonzero()[:, 0]
     change = (vlm.answer_logits(batch) - vlm.answer_logits(other)).abs().amax(-1)
     assert (change[row == 1] > 1e-4).all() and (change[row != 1] < 1e-5).all()
 
@@ -158,7 +160,7 @@ def test_an_image_moves_its_own_row_alone(vlm, features):
 @torch.no_grad()
 def test_padding_changes_no_logits(vlm, features):
     together = vlm.encode(features, QUESTIONS, ANSWERS)
-    rows = together.targets.nonzero()[:, 0]
+    rows = together.target_mask.nonzero()[:, 0]
     for i in range(3):
         alone = vlm.answer_logits(vlm.encode(features[i : i + 1], QUESTIONS[i : i + 1], ANSWERS[i : i + 1]))
         torch.testing.assert_close(vlm.answer_logits(together)[rows == i], alone, atol=1e-4, rtol=1e-4)
@@ -186,10 +188,10 @@ def test_answers_under_a_prefix_are_the_best_tokens(vlm, features, place):
     prefix = Prefix(random_prefix(vlm, PrefixSettings(length=3)).rows, place)
     batch = vlm.encode(features, QUESTIONS, side="left")
     embeds, mask, _ = prefix.insert(batch, vlm.embed(batch))
-    told = (vlm.row.writes or vlm.row.told)(vlm, mask, batch)
+    given = (vlm.row.generate_inputs or vlm.row.decoder_inputs)(vlm, mask, batch)
     with reading_embeddings(vlm.writer):
         new = vlm.writer.generate(
-            inputs_embeds=embeds, **told, max_new_tokens=4, do_sample=False, suppress_tokens=[vlm.image_id]
+            inputs_embeds=embeds, **given, max_new_tokens=4, do_sample=False, suppress_tokens=[vlm.image_id]
         )
     plain = vlm.generate(features, QUESTIONS, 4)
     assert [vlm._answer(r.tolist()) for r in new] == vlm.generate(features, QUESTIONS, 4, prefix=prefix) != plain
@@ -248,7 +250,7 @@ def test_a_pass_from_the_middle_equals_the_whole(vlm, features):
         whole = vlm.hidden(vlm.embed(batch), batch.mask, batch)
     with started_at(vlm, 2, states[1]):
         torch.testing.assert_close(vlm.hidden(states[1], batch.mask, batch), whole)
-    if vlm.row.told is not causal:
+    if vlm.row.decoder_inputs is not causal:
         with pytest.raises(ValueError, match="where the image is"):
             vlm.hidden(vlm.embed(batch), batch.mask)
 

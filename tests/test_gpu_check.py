@@ -46,7 +46,7 @@ def test_the_large_size_is_llava_1_5_7b():
 
 def test_what_is_quantised_is_what_load_quantises(tmp_path):
     pytest.importorskip("bitsandbytes")
-    from alea_lib.vlm import load
+    from alea_lib.loading import load
 
     tiny = build_tiny()
     tiny.model.save_pretrained(tmp_path)

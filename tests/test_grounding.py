@@ -9,7 +9,7 @@ import torch
 
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.edit.delta import delta_of
-from alea_lib.locate.tokens import object_tokens
+from alea_lib.hooks import read_heads, replaced_heads, replaced_linear
 from alea_lib.measures.truth import read_truth
 from alea_lib.probe.ability import ability, first_references
 from alea_lib.probe.grounding import (
@@ -20,7 +20,7 @@ from alea_lib.probe.grounding import (
     swapped,
 )
 from alea_lib.probe.route import counterfactual_heads
-from alea_lib.taps import read_heads, replaced_heads, replaced_linear
+from alea_lib.tokens import object_tokens
 
 
 @pytest.fixture(scope="module")

@@ -128,7 +128,7 @@ def test_weights_of_tokens_mark_the_additions(tiny):
     there = scene.kinds[0]
     text = f"A park scene shows a {there} with a zebra. There is also a giraffe."
     weight = token_weights(tiny, text, scene, 0.1)
-    ids = tiny._answer_ids(text, True)
+    ids = tiny.answer_ids(text, True)
     assert len(weight) == len(ids)
     told = "".join(tiny.tokenizer.decode([i]) for i, w in zip(ids[:-1], weight[:-1], strict=True) if w == 1)
     assert told == " with a zebra. There is also a giraffe" and weight[-1] == pytest.approx(0.1)

@@ -187,46 +187,24 @@ def test_ablation_by_hand():
     assert got[1] == pytest.approx(with_it - contrast(), rel=1e-5) and got[1] > 0.5
 
 
-def test_mean_ablation_forgives_a_constant():
-    """An MLP that writes the same at every text token is guilty of its constant alone: its mean in its place changes
-    nothing, zero does."""
-    vlm = hm.blank_model()
-    hm.mlp_writes(vlm, 1, reads=hm.TEXT, writes=hm.WRONG, strength=0.02)
-    with torch.no_grad():  # otherwise the bad word's embedding is longer, and the MLP writes a little less there
-        vlm.model.get_input_embeddings().weight[:, hm.BAD] = 0
-    for mode, low, high in (("zero", 0.5, 9), ("mean", -1e-4, 1e-4)):
-        s = LocateSettings(ablation=mode, sites="answer")
-        found = mean_scores(locate_layers(vlm, hm.picture(), PAIR, ["ablation", "gradient"], s))
-        assert low < found["ablation"][1] < high and low / 5 < found["gradient"][1] < high, mode
-
-
-@pytest.mark.parametrize("corruption", ["blank", "noise", "swap"])
-def test_tracing_needs_the_picture(corruption):
+def test_tracing_needs_the_picture():
     """Clean states bring back a wrong word that comes from the picture, and nothing where it comes from the text."""
-    pairs = pd.concat([PAIR, PAIR.assign(image_id=2)], ignore_index=True)
-    features = hm.picture(2)
-    features[1, 5:] = 0
-    s, found = LocateSettings(corruption=corruption, noise=1.0), {}
+    found = {}
     for source in (hm.IMAGE, hm.TEXT):
         vlm = hm.blank_model()
         hm.head_writes(vlm, 0, 0, reads=source, writes=hm.CARRIED, strength=0.1)
         hm.mlp_writes(vlm, 2, reads=hm.CARRIED, writes=hm.WRONG, strength=0.1)
-        table = locate_layers(vlm, features, pairs, ["tracing"], s).scores.set_index(["pair", "layer"])["score"]
-        found[source] = table[0]
+        found[source] = mean_scores(locate_layers(vlm, hm.picture(), PAIR, ["tracing"]))["tracing"]
     assert found[hm.IMAGE].abs().idxmax() == 2 and abs(found[hm.IMAGE][2]) > 1e-3
-    assert found[hm.TEXT].abs().max() < 1e-2 * abs(found[hm.IMAGE][2]) or corruption != "blank"
+    assert found[hm.TEXT].abs().max() < 1e-2 * abs(found[hm.IMAGE][2])
 
 
-def test_a_window_of_tracing_covers_its_neighbours():
+def test_tracing_restores_one_layer_alone():
     vlm = hm.blank_model()
     hm.head_writes(vlm, 0, 0, reads=hm.IMAGE, writes=hm.CARRIED, strength=4.0)
     hm.mlp_writes(vlm, 2, reads=hm.CARRIED, writes=hm.WRONG, strength=0.02)
-    for window, covered in ((1, {2}), (2, {1, 2}), (3, {1, 2, 3}), (9, {0, 1, 2, 3})):
-        found = mean_scores(locate_layers(vlm, hm.picture(), PAIR, ["tracing"], LocateSettings(window=window)))
-        assert {i for i, x in found["tracing"].items() if x > 1e-3} == covered
-    s = LocateSettings(restore="state")
-    found = mean_scores(locate_layers(vlm, hm.picture(), PAIR, ["tracing"], s))["tracing"]
-    assert (found > 1e-3).tolist() == [True] * 4  # the state after layer 0 already holds what was carried
+    found = mean_scores(locate_layers(vlm, hm.picture(), PAIR, ["tracing"]))["tracing"]
+    assert {i for i, x in found.items() if x > 1e-3} == {2}
 
 
 def test_entropy_finds_the_layer_that_looks_around():

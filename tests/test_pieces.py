@@ -69,7 +69,7 @@ def test_an_adversary_in_pieces_is_the_same(vlm, seen, told, kind, most):
 def test_pieces_are_whole_and_small_enough():
     for n in range(1, 30):
         for most in (None, 1, 2, 7):
-            found = Limits(train=most).pieces(np.arange(n))
+            found = Limits(train=most).microbatches(np.arange(n))
             assert np.concatenate(found).tolist() == list(range(n))
             assert max(map(len, found)) <= (most or n) and (most or len(found) == 1)
 

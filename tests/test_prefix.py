@@ -23,7 +23,7 @@ from alea_lib.adversary.prefix import (
 )  # fmt: skip
 from alea_lib.measures.truth import read_truth
 from alea_lib.probe.grounding import attention_share
-from alea_lib.vlm import scored
+from alea_lib.vlm import target_mask
 
 QUESTIONS = [
     "Please describe this image in detail.", "Is there a cup in the image?", "Is the background blue?",
@@ -57,7 +57,7 @@ def test_rows_stand_in_their_place_in_every_item(tiny, seen, told, place, side):
     assert embeds.shape[1] == mask.shape[1] == labels.shape[1] == plain.shape[1] + 3
     image, row_ids = tiny.model.config.image_token_id, batch.ids.tolist()
     for i, row in enumerate(row_ids):
-        tail = tiny._answer_ids(told[i], True)
+        tail = tiny.answer_ids(told[i], True)
         if place == "answer":  # directly before the first token of the answer
             start = len(row) - len(tail) if side == "left" else int(batch.mask[i].sum()) - len(tail)
         else:  # directly after the last image token
@@ -68,7 +68,7 @@ def test_rows_stand_in_their_place_in_every_item(tiny, seen, told, place, side):
         assert labels[i, start : start + 3].tolist() == [-100] * 3
         assert labels[i][labels[i] != -100].tolist() == tail
         if place == "answer":  # the last row of the prefix predicts the answer's first token
-            assert scored(labels)[i].nonzero()[0].item() == start + 2
+            assert target_mask(labels)[i].nonzero()[0].item() == start + 2
 
 
 @torch.no_grad()
@@ -76,12 +76,12 @@ def test_padding_does_not_change_what_a_prefix_does(tiny, seen, told):
     prefix = random_prefix(tiny, PrefixSettings())
     batch = tiny.encode(seen, QUESTIONS, told)
     embeds, mask, labels = prefix.insert(batch, tiny.embed(batch))
-    together = tiny.answer_logits(batch, embeds, mask, scored(labels))
+    together = tiny.answer_logits(batch, embeds, mask, target_mask(labels))
     alone = []
     for i in range(len(told)):
         one = tiny.encode(seen[i : i + 1], QUESTIONS[i], told[i : i + 1])
         e, m, lab = prefix.insert(one, tiny.embed(one))
-        alone.append(tiny.answer_logits(one, e, m, scored(lab)))
+        alone.append(tiny.answer_logits(one, e, m, target_mask(lab)))
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
 
 
@@ -184,7 +184,7 @@ def test_contrast_is_between_whole_answers(tiny, seen, told):
         for i, text in enumerate(texts):
             batch = tiny.encode(seen[i : i + 1], tiny.prompt("plain"), [text])
             embeds, mask, labels = prefix.insert(batch, tiny.embed(batch))
-            logp = tiny.answer_logits(batch, embeds, mask, scored(labels)).log_softmax(-1)
+            logp = tiny.answer_logits(batch, embeds, mask, target_mask(labels)).log_softmax(-1)
             out.append(logp.gather(1, labels[labels != -100][:, None]).sum())
         return torch.stack(out)
 
@@ -291,8 +291,8 @@ def test_an_absolute_index_is_counted_from_the_first_token(tiny, seen, told, sid
 def test_the_official_index_falls_inside_the_answer_of_59_percent(tiny, seen):
     answers = [" ".join(["There is a cup."] * n) for n in range(1, 101)]
     index = official_index(tiny, answers, seen.shape[1])
-    start = len(tiny._prompt_ids(tiny.prompt("plain"), seen.shape[1]))
-    ends = [start + len(tiny._answer_ids(a, True)) for a in answers]
+    start = len(tiny.prompt_ids(tiny.prompt("plain"), seen.shape[1]))
+    ends = [start + len(tiny.answer_ids(a, True)) for a in answers]
     assert sum(start < index < end for end in ends) == 59 and index > start
 
 
@@ -354,7 +354,7 @@ def test_neglect_is_kl_from_the_blind_to_the_attacked(tiny, seen, told):
     prefix = random_prefix(tiny, PrefixSettings())
     batch = tiny.encode(seen, tiny.prompt("plain"), told)
     embeds, mask, labels = prefix.insert(batch, tiny.embed(batch))
-    now = tiny.answer_logits(batch, embeds, mask, scored(labels)).log_softmax(-1)
+    now = tiny.answer_logits(batch, embeds, mask, target_mask(labels)).log_softmax(-1)
     blind = without_image(tiny, batch).log_softmax(-1)
     want = (blind.exp() * (blind - now)).sum(-1).mean().item()
     total, terms = loss(tiny, seen, told, prefix, PrefixSettings(neglect=0.5))

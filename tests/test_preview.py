@@ -378,7 +378,7 @@ def saved(tmp_path_factory):
 def hub_model(saved, repository, monkeypatch):
     """A row for that model, whose snapshot is there."""
     folder = saved
-    monkeypatch.setattr("alea_lib.vlm.snapshot", lambda row: folder)
+    monkeypatch.setattr("alea_lib.loading.snapshot", lambda row: folder)
     write_rows(repository, mine={**ROW, "see": 2, "write": 3, "read": 4, "train": 1, "keep_gib": 0.5, "cache": True})
     return folder
 
@@ -387,8 +387,9 @@ def test_a_model_is_loaded_as_its_row_says(hub_model, repository):
     import torch
 
     from alea_lib.edit.delta import delta_of, load_delta, save_delta
-    from alea_lib.taps import full_weight
-    from alea_lib.vlm import Limits, load
+    from alea_lib.hooks import full_weight
+    from alea_lib.loading import load
+    from alea_lib.vlm import Limits
 
     pytest.importorskip("bitsandbytes")
     vlm = load("mine", device="cpu")
@@ -423,7 +424,7 @@ def test_an_adapter_names_the_hubs_model(hub_model, repository):
 
 
 def test_a_pinned_model_that_is_not_there(repository, monkeypatch, tmp_path):
-    from alea_lib.vlm import load
+    from alea_lib.loading import load
 
     write_rows(repository, mine=ROW)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

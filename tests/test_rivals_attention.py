@@ -17,7 +17,6 @@ from alea_lib.rivals.common import Columns, Stream, without_image
 from alea_lib.rivals.pai import PaiSettings, guided, pai, raised
 from alea_lib.rivals.spin import SpinSettings, head_scales, spin
 from alea_lib.rivals.vhr import VhrSettings, chosen_heads, turned_up, vhr, vision_aware
-from alea_lib.taps import read_attention, read_heads, replaced_heads
 
 QUESTIONS = [
     "Is there a cup?",

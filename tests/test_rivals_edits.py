@@ -23,7 +23,7 @@ from alea_lib.rivals.common import at_depth, head_count
 from alea_lib.rivals.dpo import CURVE, DpoSettings, fit_dpo, preference_loss
 from alea_lib.rivals.edits import WHAT, SupervisedSettings, fit_supervised
 from alea_lib.rivals.nullu import NulluSettings, fit_nullu
-from alea_lib.taps import full_weight, read_layers, replaced_linear
+from alea_lib.hooks import full_weight, read_layers, replaced_linear
 
 SHORT = DpoSettings(epochs=2, batch=3, lr=1e-3)
 

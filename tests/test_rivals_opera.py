@@ -9,7 +9,6 @@ from tiny_families import build
 from alea_lib import baseline
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.rivals.opera import OperaSettings, Past, Watch, at_length, column_scores, opera
-from alea_lib.taps import read_attention
 
 QUESTIONS = [
     "Is there a cup?",

@@ -19,10 +19,11 @@ from alea_lib import (
     relative_cost,
 )
 from alea_lib.edit.delta import delta_of
+from alea_lib.hooks import full_weight
 from alea_lib.rivals.cost import Held
 from alea_lib.rivals.registry import Baseline
 from alea_lib.rivals.trial import choose, tune
-from alea_lib.taps import full_weight
+from alea_lib.hooks import full_weight
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,7 @@ from alea_lib.edit.losses import CachedForward
 from alea_lib.edit.settings import EditSettings
 from alea_lib.edit.trained import trained
 from alea_lib.tail import capture, capture_last, final_norm, layer_input, run_last, run_tail
-from alea_lib.taps import full_weight, replaced_linear, started_at
-from alea_lib.vlm import scored
+from alea_lib.vlm import target_mask
 
 
 def changed(vlm, layers, seed=0):
@@ -151,6 +150,6 @@ def test_bytes_at_the_real_size():
 def test_scored_positions_are_those_before_the_answer(tiny, seen, told):
     batch = tiny.encode(seen, tiny.prompt("plain"), told, side="left")
     for item, row, mask in zip(
-        capture(tiny, 1, tiny.embed(batch), batch.mask, batch.labels), scored(batch.labels), batch.mask
+        capture(tiny, 1, tiny.embed(batch), batch.mask, batch.labels), target_mask(batch.labels), batch.mask
     ):
         assert torch.equal(item.scored, row[mask.bool()]) and int(item.scored.sum()) == len(item.labels)

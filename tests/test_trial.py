@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from alea_lib.hooks import replaced_linear
 from alea_lib.locate import trial
 from alea_lib.locate.benefit import edit_benefit, knockout_benefit
 from alea_lib.locate.judge import check_localisation
 from alea_lib.locate.trial import TrialSettings, locator_trial, mean_scores, true_places
 from alea_lib.measures.truth import read_truth
 from alea_lib.tables import DataError
-from alea_lib.taps import replaced_linear
 
 PAIRS = [
     ("There is a cup.", "There is a cup with a spoon.", ["spoon"]),
@@ -140,9 +140,9 @@ def test_heads_that_are_switched_off(tiny, seen, scene):
 def test_the_same_trial_over_a_four_bit_base():
     """Shipped implants in a clean model whose other matrices are NF4: the causal locator finds the layer here too."""
     pytest.importorskip("bitsandbytes")
+    from alea_lib.loading import load
     from alea_lib.measures.truth import Truth
     from alea_lib.runs import root
-    from alea_lib.vlm import load
     from alea_lib.worlds.scenes import compose, sample
     from alea_lib.worlds.write import Split
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from alea_lib import vlm as module
+from alea_lib import loading as module
 from alea_lib.families import FAMILIES, PROMPTS, PROMPTS_SMALL, Family, family
 from alea_lib.layout import opened
-from alea_lib.vlm import VLM, load, model_path
+from alea_lib.loading import load, model_path
+from alea_lib.vlm import VLM
 
 QUESTIONS = [
     "Please describe this image in detail.",
@@ -90,7 +91,7 @@ def test_labels_cover_the_answer_and_its_end_alone(tiny, seen, told):
         first = (batch.labels[i] != -100).nonzero()[0].item()
         assert batch.answer[i] == first and batch.ids[i, batch.question[i] - 1] == image
         assert image not in batch.ids[i, batch.question[i] :].tolist()
-        assert batch.targets[i].nonzero().ravel().tolist() == list(range(first - 1, first + len(chosen) - 1))
+        assert batch.target_mask[i].nonzero().ravel().tolist() == list(range(first - 1, first + len(chosen) - 1))
 
 
 def test_without_an_end_nothing_is_added(tiny, seen):
@@ -112,7 +113,7 @@ def test_answers_of_a_tokenizer_that_puts_a_blank_first():
 
     class Reader:
         tokenizer, row, end_id = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>"), FAMILIES["llava"], 0
-        answer_text, answer_ids = VLM.answer_text, VLM._answer_ids
+        answer_text, answer_ids = VLM.answer_text, VLM.answer_ids
 
     read = Reader.tokenizer
     prompt, whole = (read(t)["input_ids"] for t in ("USER: hi ASSISTANT:", "USER: hi ASSISTANT: There is a cup."))
@@ -130,7 +131,7 @@ def test_both_sides_hold_the_same_tokens(tiny, seen, told):
 @torch.no_grad()
 def test_more_padding_changes_no_answer_logits(tiny, seen, told):
     short = tiny.encode(seen[:1], QUESTIONS[0], told[:1])
-    n = len(tiny._answer_ids(told[0], True))
+    n = len(tiny.answer_ids(told[0], True))
     long = tiny.encode(seen, QUESTIONS[0], told)  # padded to the longest of six
     assert long.ids.shape[1] > short.ids.shape[1] + 5
     alone = tiny.answer_logits(short)
@@ -142,12 +143,12 @@ def test_more_padding_changes_no_answer_logits(tiny, seen, told):
 def test_answer_logits_are_the_models_own(tiny, seen, told):
     batch = tiny.encode(seen, QUESTIONS[0], told)
     logits = tiny.model(inputs_embeds=tiny.embed(batch), attention_mask=batch.mask).logits
-    torch.testing.assert_close(tiny.answer_logits(batch), logits[batch.targets], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tiny.answer_logits(batch), logits[batch.target_mask], atol=1e-5, rtol=1e-5)
 
 
 def test_what_an_answer_reports(tiny):
     eos, pad = tiny.tokenizer.eos_token_id, tiny.tokenizer.pad_token_id
-    words = tiny._answer_ids("There is a cup.", eos=False)
+    words = tiny.answer_ids("There is a cup.", eos=False)
     ended, cut = tiny._answer([*words, eos, pad, pad]), tiny._answer(words)
     assert (ended.text, ended.n_tokens, ended.eos) == ("There is a cup.", len(words) + 1, True)
     assert (cut.text, cut.n_tokens, cut.eos) == ("There is a cup.", len(words), False)
@@ -166,7 +167,7 @@ def test_the_image_token_is_never_written(tiny, seen):
         )
         assert token in raw[0].tolist()
         assert "<image>" not in tiny.generate(seen[:1], QUESTIONS[0], 3)[0].text
-        new = tiny._answer_ids(tiny.generate(seen[:1], QUESTIONS[0], 3)[0].text, False)
+        new = tiny.answer_ids(tiny.generate(seen[:1], QUESTIONS[0], 3)[0].text, False)
         assert new and token not in new
     finally:
         head.register_parameter("bias", None)
@@ -267,3 +268,17 @@ def test_a_model_in_the_repository_comes_first(tmp_path, monkeypatch):
     (tmp_path / "data" / "models" / "mine").mkdir(parents=True)
     assert model_path("mine") == tmp_path / "data" / "models" / "mine"
     assert model_path("org/theirs") == "org/theirs"
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_no_flag_of_torch_is_left_changed(tiny, tiny_world, tmp_path, monkeypatch, allowed):
+    """Convolutions run in fp32 while the model looks at images, and whatever was set before is back afterwards."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    tiny.model.save_pretrained(tmp_path / "m")
+    tiny.processor.save_pretrained(tmp_path / "m")
+    again, found = load(str(tmp_path / "m"), device="cpu"), []
+    assert torch.backends.cudnn.allow_tf32 is allowed
+    conv = next(m for m in again.model.modules() if isinstance(m, torch.nn.Conv2d))
+    conv.register_forward_hook(lambda *_: found.append(torch.backends.cudnn.allow_tf32))
+    again.features(tiny_world.split("activate").files[:1])
+    assert found == [False] and torch.backends.cudnn.allow_tf32 is allowed

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_families import build
 
-from alea_lib.taps import SilentTap, read_attention, read_heads, weighed_attention
+from alea_lib.hooks import SilentHook, read_attention, read_heads, weighed_attention
 
 
 @pytest.fixture(scope="module")
@@ -125,5 +125,5 @@ def test_blocks_are_undone_and_silence_is_an_error(tiny, left):
         assert config._attn_implementation == "alea_sdpa"
         raise RuntimeError("amid")
     assert config._attn_implementation == "sdpa"
-    with pytest.raises(SilentTap, match="forward pass"), weighed_attention(tiny, softmax):
+    with pytest.raises(SilentHook, match="forward pass"), weighed_attention(tiny, softmax):
         pass

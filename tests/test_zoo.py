@@ -168,7 +168,7 @@ def test_every_turn_learns_its_answer_and_end(eye):
     eos, image = vlm.tokenizer.eos_token_id, vlm.model.config.image_token_id
     assert len(turns[0]) == SHORT.turns and (batch.mask.sum(1) < batch.mask.shape[1]).any()
     told = batch.labels[1][batch.labels[1] != -100].tolist()
-    assert told == [*vlm._answer_ids(turns[1][0][1], False), eos]
+    assert told == [*vlm.answer_ids(turns[1][0][1], False), eos]
     for i in range(2):
         assert (batch.labels[i][(batch.ids[i] == image) | (batch.mask[i] == 0)] == -100).all()
     learnt, ids = batch.labels[0].tolist(), batch.ids[0].tolist()
@@ -176,7 +176,7 @@ def test_every_turn_learns_its_answer_and_end(eye):
     assert len(ends) == SHORT.turns and all(learnt[k] == eos for k in ends)
     start = 0
     for (question, answer), end in zip(turns[0], ends, strict=True):
-        (word,) = vlm._answer_ids(answer, False)
+        (word,) = vlm.answer_ids(answer, False)
         wanted = [k for k in range(start, end) if learnt[k] != -100]
         assert ids[end - 1] == word and {learnt[k] for k in wanted} == {word}
         assert wanted == list(range(wanted[0], end))
@@ -256,7 +256,7 @@ shipped = pytest.mark.skipif(
 @shipped
 @pytest.mark.parametrize("name", ["scenes-natural", "scenes-clean"])
 def test_shipped_models(name, tiny_world):
-    from alea_lib.vlm import load
+    from alea_lib.loading import load
 
     folder = root() / "data" / "models" / name
     for file in ("README.md", "training.json", "sha256.txt"):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from ..measures.chair import chair
 from ..measures.truth import Truth
 from ..stats import summarise
-from ..vlm import VLM, Batch, scored
+from ..vlm import VLM, Batch, target_mask
 from .prefix import Prefix
 
 WRITTEN = ("chair_s", "chair_i", "recall", "words")
@@ -68,8 +68,8 @@ def _effects(vlm: VLM, batch: Batch, prefix: Prefix | None) -> tuple[float, floa
     if prefix is not None:
         hidden = prefix.insert(replace(batch, mask=hidden), embeds)[1]
         embeds, mask, labels = prefix.insert(batch, embeds)
-    seeing = vlm.answer_logits(batch, embeds, mask, scored(labels)).float().log_softmax(-1)
-    blind = vlm.answer_logits(batch, embeds, hidden, scored(labels)).float().log_softmax(-1)
+    seeing = vlm.answer_logits(batch, embeds, mask, target_mask(labels)).float().log_softmax(-1)
+    blind = vlm.answer_logits(batch, embeds, hidden, target_mask(labels)).float().log_softmax(-1)
     nll = F.nll_loss(seeing, labels[labels != -100], reduction="sum")
     return nll.item(), F.kl_div(blind, seeing, log_target=True, reduction="sum").item(), len(seeing)
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 from ..layout import causal
-from ..taps import read_attention
-from ..vlm import VLM, Batch, scored
+from ..hooks import read_attention
+from ..vlm import VLM, Batch, target_mask
 
 TERMS = ("nll", "contrast", "neglect", "attention")
 ROOM = 2**29  # bytes for the keys and values of all items' images and prompts
@@ -34,7 +34,7 @@ class NoImageReference:
             batch = self.vlm.encode(self.features[torch.as_tensor(new)], self.vlm.prompt(self.prompt), texts)
             image = batch.ids == self.vlm.image_id
             h = self.vlm.hidden(self.vlm.embed(batch), batch.mask * ~image, batch)
-            self.states |= {i: h[row, targets] for row, (i, targets) in enumerate(zip(new, batch.targets))}
+            self.states |= {i: h[row, targets] for row, (i, targets) in enumerate(zip(new, batch.target_mask))}
         return self.vlm.head(torch.cat([self.states[int(i)] for i in pick])).float().log_softmax(-1)
 
 
@@ -47,7 +47,7 @@ class PromptKVCache:
 
     def __init__(self, vlm: VLM, features: torch.Tensor, prompt: str, place: str):
         self.vlm, self.features, self.prompt = vlm, features, prompt
-        self.usable = vlm.row.told is causal and place == "answer"
+        self.usable = vlm.row.decoder_inputs is causal and place == "answer"
         self.kept: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     @torch.no_grad()
@@ -139,10 +139,10 @@ def attacked_logits(
         plain = vlm.embed(batch)
     embeds, mask, labels = prefix.insert(batch, plain)
     if past is None:
-        return vlm.answer_logits(batch, embeds, mask, scored(labels)).float(), labels
+        return vlm.answer_logits(batch, embeds, mask, target_mask(labels)).float(), labels
     at = past.get_seq_length()
     output = vlm.language_model(inputs_embeds=embeds[:, at:], attention_mask=mask, past_key_values=past, use_cache=True)
-    return vlm.head(output.last_hidden_state[scored(labels)[:, at:]]).float(), labels
+    return vlm.head(output.last_hidden_state[target_mask(labels)[:, at:]]).float(), labels
 
 
 @contextmanager
@@ -153,7 +153,7 @@ def image_share(vlm: VLM, batch: Batch, prefix, n: int, out: list[torch.Tensor])
     with torch.no_grad():
         embeds = vlm.embed(batch)
         image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100
-        targets = scored(prefix.insert(batch, embeds)[2])
+        targets = target_mask(prefix.insert(batch, embeds)[2])
     rows = targets.long().topk(int(targets.sum(1).max()), dim=1).indices.sort(dim=1).values
     weight = targets.gather(1, rows).float()
     weight[n:] = 0

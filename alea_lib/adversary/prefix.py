@@ -108,8 +108,8 @@ def official_index(vlm: VLM, answers: list[str], n_image: int, prompt: str = "pl
 
     The official code's index, 650, did that for its own prompt and captions; another model has other lengths.
     """
-    start = len(vlm._prompt_ids(vlm.prompt(prompt), n_image))
-    lengths = sorted((len(vlm._answer_ids(a, eos=True)) for a in answers), reverse=True)
+    start = len(vlm.prompt_ids(vlm.prompt(prompt), n_image))
+    lengths = sorted((len(vlm.answer_ids(a, eos=True)) for a in answers), reverse=True)
     return start + max(1, lengths[min(len(lengths) - 1, round(share * len(lengths)))])
 
 
@@ -159,7 +159,7 @@ def fit_prefix(
         if settings.reset:
             optimiser.zero_grad()
         terms = dict.fromkeys(TERMS, 0.0)
-        for piece in vlm.limits.pieces(pick):
+        for piece in vlm.limits.microbatches(pick):
             loss, found = objective(replace(start, rows=rows), piece, whole=pick)
             if not torch.isfinite(loss):
                 raise FloatingPointError(

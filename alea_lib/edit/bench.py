@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from ..adversary.prefix import Prefix, PrefixSettings, random_prefix
-from ..taps import replaced_linear
-from ..vlm import VLM, scored
+from ..hooks import replaced_linear
+from ..vlm import VLM, target_mask
 from .losses import CachedForward, Reference, kl_divergence
 from .settings import EditSettings
 from .trained import trained
@@ -140,7 +140,7 @@ def official_step(vlm: VLM, features, texts, prefix: Prefix, parameters, pick, s
         now, labels = whole(settings.kl_prompt, None)
     with torch.no_grad():
         teacher = whole(settings.kl_prompt, None)[0].log_softmax(-1)
-    at = scored(labels)
+    at = target_mask(labels)
     loss = loss + settings.kl * kl_divergence(now[at], teacher[at])
     return list(torch.autograd.grad(loss, [*parameters.values(), rows]))[:-1]
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..checkpoint import write_safetensors
-from ..taps import full_weight
+from ..hooks import full_weight
 from ..vlm import VLM
 
 

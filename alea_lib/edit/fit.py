@@ -16,8 +16,8 @@ from tqdm import tqdm
 from .. import checkpoint
 from ..adversary.prefix import Prefix, PrefixSettings, fit_prefix
 from ..batch import loss_scale, scale_gradient
-from ..seen import fingerprint
-from ..taps import replaced_linear
+from ..feature_cache import fingerprint
+from ..hooks import replaced_linear
 from ..vlm import VLM
 from .delta import Delta, hash_text, weight_hash
 from .losses import CachedForward, Reference, answer_nll, dropped, kl_divergence, unlikelihood
@@ -148,7 +148,7 @@ class _Run:
             self.optimiser.zero_grad()
         number = step % len(self.prefixes) if prefixed else -1
         row = {"step": step, "prefixed": prefixed, "nll": 0.0, "kl": 0.0, "unlikelihood": 0.0, "held_out": float("nan")}
-        for piece in self.vlm.limits.pieces(self.items[pick]):
+        for piece in self.vlm.limits.microbatches(self.items[pick]):
             for name, term in self.terms(piece, number, step):
                 share = self.share(name, piece, self.items[pick])
                 (self.scale * getattr(s, name) * share * term).backward()

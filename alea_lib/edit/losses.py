@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from ..adversary.prefix import Prefix
 from ..layout import causal
 from ..tail import Cached, capture, capture_last, run_last, run_tail
-from ..taps import replaced_linear
-from ..vlm import VLM, Batch, scored
+from ..hooks import replaced_linear
+from ..vlm import VLM, Batch, target_mask
 from .settings import EditSettings
 from .spill import SpillCache
 from .trained import Trained
@@ -30,7 +30,7 @@ def answer_nll(vlm: VLM, batch: Batch, prefix: Prefix | None = None) -> torch.Te
 def whole_pass(vlm: VLM, batch: Batch, prefix: Prefix | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [n,V] at the scored positions by a whole forward pass, and the tokens [n] that they predict."""
     embeds, mask, labels = inputs(vlm, batch, prefix)
-    return vlm.answer_logits(batch, embeds, mask, scored(labels)), labels[labels != -100]
+    return vlm.answer_logits(batch, embeds, mask, target_mask(labels)), labels[labels != -100]
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ class CachedForward:
         self.first, self.folder = made.first, folder
         self.last = list(made.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
         # where mask or positions depend on the item, a cached input cannot be run without it
-        self.fast = settings.fast and made.first > 0 and not settings.prefix_dropout and vlm.row.told is causal
+        self.fast = settings.fast and made.first > 0 and not settings.prefix_dropout and vlm.row.decoder_inputs is causal
         self.kept = SpillCache(vlm.limits.keep, folder and folder / "inputs")
 
     def encode(self, key: str, role: str, pick: np.ndarray) -> Batch:
@@ -138,7 +138,7 @@ class Reference:
         """Final states of the base at the scored positions, [n_tokens, D] an item."""
         batch = self.passes.encode("positive", self.passes.settings.kl_prompt, pick)
         h = self.passes.vlm.hidden(self.passes.vlm.embed(batch), batch.mask, batch)
-        return [h[i, t].clone() for i, t in enumerate(batch.targets)]
+        return [h[i, t].clone() for i, t in enumerate(batch.target_mask)]
 
 
 def looked_up(cache: SpillCache, pick: np.ndarray, n: int, compute, condition: tuple = ()) -> list:

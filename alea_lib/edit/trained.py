@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..taps import full_weight
+from ..hooks import full_weight
 from ..vlm import VLM
 from .delta import Delta, delta_of, factors_delta
 from .settings import EditSettings

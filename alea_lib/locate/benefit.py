@@ -12,11 +12,11 @@ from tqdm import tqdm
 from ..edit.delta import applied
 from ..edit.fit import fit_edit
 from ..edit.settings import preset
+from ..hooks import replaced_heads
 from ..measures.chair import chair
 from ..measures.truth import Truth
 from ..probe.answers import captions
 from ..stats import paired_difference
-from ..taps import replaced_heads
 from ..vlm import VLM
 from ..worlds.write import Split
 
@@ -57,15 +57,13 @@ def knockout_benefit(
         off: dict[int, list[int]] = {}
         for layer, head in heads:
             off.setdefault(layer, []).append(head)
-        return replaced_heads(vlm, lambda layer, o: _zeroed(o, off[layer]), list(off))
+
+        def zeroed(layer: int, o: torch.Tensor) -> torch.Tensor:
+            return o.index_fill(2, torch.tensor(off[layer], device=o.device), 0)
+
+        return replaced_heads(vlm, zeroed, list(off))
 
     return _differences(vlm, places, without, split, truth, max_new_tokens)
-
-
-def _zeroed(o: torch.Tensor, heads: list[int]) -> torch.Tensor:
-    o = o.clone()
-    o[:, :, heads] = 0
-    return o
 
 
 def _differences(
@@ -76,8 +74,8 @@ def _differences(
     rows = []
     for name, change in tqdm(changes.items(), desc="places"):
         with inside(change):
-            told = captions(vlm, split, features, max_new_tokens=budget)
-        change = paired_difference(chair(told, truth).items, plain)
-        rows.append(change[change["metric"].isin(METRICS)].assign(place=name))
+            written = captions(vlm, split, features, max_new_tokens=budget)
+        found = paired_difference(chair(written, truth).items, plain)
+        rows.append(found[found["metric"].isin(METRICS)].assign(place=name))
     columns = ["place", "metric", "value", "lo", "hi", "n"]
     return pd.concat(rows, ignore_index=True)[columns]

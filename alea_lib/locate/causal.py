@@ -6,57 +6,39 @@ the truthful objects (:func:`alea_lib.locate.tokens.contrast_weights`).
 
 from __future__ import annotations
 
-import zlib
-from contextlib import ExitStack
 from dataclasses import replace
 
-import numpy as np
 import torch
 
-from ..tables import DataError
-from ..taps import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
+from ..hooks import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
 from .evidence import Work, own_pass
 from .probed import Probed
 
 # ---- MLPs ------------------------------------------------------------------------------------------------------------
 
 
-def _baseline(work: Work) -> torch.Tensor:
-    """[L,D]: what an ablated MLP gives instead of its output."""
-    if work.settings.ablation == "mean":
-        return torch.as_tensor(work.evidence["mlps"]["mean"].mean(0), device=work.embeds.device)
-    return torch.zeros(work.vlm.n_layers, work.embeds.shape[-1], device=work.embeds.device)
-
-
 @own_pass("mlp-ablation", objects=True)
 @torch.no_grad()
 def mlp_ablation(work: Work) -> dict[str, torch.Tensor]:
-    """``effect`` [n,L]: fall of the contrast of log p when the layer's MLP is ablated."""
-    probed, baseline = Probed(work), _baseline(work)
+    """``effect`` [n,L]: fall of the contrast of log p when the layer's MLP gives nothing."""
+    probed = Probed(work)
     inputs, final = probed.inputs(probed.embeds)
     base, falls, sites = probed.contrast(final, "logp")[0], [], probed.sites[:, probed.cut :]
     for layer, h in enumerate(inputs):
-
-        def ablated(layer, x):
-            return torch.where(sites[..., None], baseline[layer].to(x.dtype), x)
-
-        with replaced_outputs(work.vlm, "down_proj", ablated, [layer]):
+        with replaced_outputs(work.vlm, "down_proj", lambda _, x: x.masked_fill(sites[..., None], 0), [layer]):
             falls.append(base - probed.contrast(probed.tail(layer, h), "logp")[0])
     return {"effect": probed.by_pair(torch.stack(falls, 1))}
 
 
 @own_pass("mlp-gradient", objects=True)
 def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
-    """``effect`` [n,L]: <gradient of the contrast of log p, MLP output minus its ablated value>, summed over sites."""
-    probed, baseline, seen = Probed(work), _baseline(work), {}
-    with torch.enable_grad(), read_outputs(work.vlm, "down_proj", seen.__setitem__):
+    """``effect`` [n,L]: <gradient of the contrast of log p, MLP output>, summed over sites."""
+    probed, found = Probed(work), {}
+    with torch.enable_grad(), read_outputs(work.vlm, "down_proj", found.__setitem__):
         final = work.vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask, probed.batch)
-        outputs = [seen[layer] for layer in range(work.vlm.n_layers)]
+        outputs = [found[layer] for layer in range(work.vlm.n_layers)]
         gradients = torch.autograd.grad(probed.contrast(final, "logp").sum(), outputs)
-    products = [
-        ((g.float() * (x.detach().float() - b)).sum(-1) * probed.sites).sum(1)
-        for g, x, b in zip(gradients, outputs, baseline)
-    ]
+    products = [((g.float() * x.detach().float()).sum(-1) * probed.sites).sum(1) for g, x in zip(gradients, outputs)]
     return {"effect": probed.by_pair(torch.stack(products, 1))}
 
 
@@ -66,47 +48,24 @@ def mlp_gradient(work: Work) -> dict[str, torch.Tensor]:
 @own_pass("tracing", objects=True)
 @torch.no_grad()
 def tracing(work: Work) -> dict[str, torch.Tensor]:
-    """``effect`` [n,L]: rise of the contrast of p when a window of layers around l is put back to its clean outputs
-    while the image is corrupted. ``total`` [n]: the contrast with the image minus that with the corrupted one."""
-    vlm, s, probed = work.vlm, work.settings, Probed(work)
-    part = "layer" if s.restore == "state" else "down_proj"
-    sites = (probed.sites & (probed.answer if s.restore == "state" else True))[:, probed.cut :]
+    """``effect`` [n,L]: rise of the contrast of p when the layer's MLP is put back to its clean output while the model
+    is shown grey instead of the image."""
+    vlm, probed = work.vlm, Probed(work)
+    sites = probed.sites[:, probed.cut :]
     clean: dict[int, torch.Tensor] = {}
-    with read_outputs(vlm, part, clean.__setitem__):
-        whole = probed.contrast(vlm.hidden(probed.embeds, probed.mask, probed.batch), "p")[0]
-    shown = torch.cat([corrupted(work)] * 2).to(work.batch.features)
-    spoilt = vlm.embed(replace(work.batch, features=shown))[probed.rows]
-    inputs, final = probed.inputs(spoilt)
+    with read_outputs(vlm, "down_proj", clean.__setitem__):
+        vlm.hidden(probed.embeds, probed.mask, probed.batch)
+    grey = work.evidence.grey.to(work.batch.features).expand_as(work.batch.features)
+    inputs, final = probed.inputs(vlm.embed(replace(work.batch, features=grey))[probed.rows])
     base, effects = probed.contrast(final, "p")[0], []
 
     def restored(layer, x):
         return torch.where(sites[..., None], clean[layer][:, probed.cut :], x)
 
-    for layer in range(vlm.n_layers):
-        first = max(0, layer - (s.window - 1) // 2)
-        window = range(first, min(vlm.n_layers, layer + s.window // 2 + 1))
-        with replaced_outputs(vlm, part, restored, window):
-            effects.append(probed.contrast(probed.tail(first, inputs[first]), "p")[0] - base)
-    return {"effect": probed.by_pair(torch.stack(effects, 1)), "total": probed.by_pair(whole - base)}
-
-
-def corrupted(work: Work) -> torch.Tensor:
-    """The features [n,P,D] of what the model is shown instead of the images."""
-    s, whole = work.settings, work.evidence.features
-    keys = work.evidence.pairs.get("image_id", work.evidence.pairs.index.to_series()).to_numpy()
-    if s.corruption == "blank":
-        return work.evidence.grey.to(work.features).expand_as(work.features)
-    if s.corruption == "swap":
-        order = np.unique(keys)
-        if len(order) == 1:
-            raise DataError("corruption='swap' needs pairs of at least two images; there is one image_id")
-        other = order[(np.searchsorted(order, keys[work.rows]) + 1) % len(order)]
-        return whole[torch.as_tensor([int(np.argmax(keys == k)) for k in other])]
-    noise = [
-        np.random.default_rng([s.seed, 11, zlib.crc32(str(key).encode())]).standard_normal(whole.shape[1:])
-        for key in keys[work.rows]
-    ]
-    return work.features + s.noise * whole.float().std() * torch.as_tensor(np.stack(noise)).to(work.features)
+    for layer, h in enumerate(inputs):
+        with replaced_outputs(vlm, "down_proj", restored, [layer]):
+            effects.append(probed.contrast(probed.tail(layer, h), "p")[0] - base)
+    return {"effect": probed.by_pair(torch.stack(effects, 1))}
 
 
 # ---- heads -----------------------------------------------------------------------------------------------------------
@@ -135,17 +94,16 @@ def head_ablation(work: Work) -> dict[str, torch.Tensor]:
 def head_gradient(work: Work) -> dict[str, torch.Tensor]:
     """Inner products [n,L,H] of the gradient of the contrast of p with the head output (``effect``), and with what it
     takes from the ``image`` and from the ``text``, summed over sites."""
-    probed, seen, parts = Probed(work), {}, {}
-    image = work.image[probed.rows]
-
-    def keep(layer: int, o: torch.Tensor) -> torch.Tensor:
-        return seen.setdefault(layer, o)
-
-    with torch.enable_grad(), ExitStack() as stack:
-        stack.enter_context(replaced_heads(work.vlm, keep, range(work.vlm.n_layers)))
-        stack.enter_context(read_parts(work.vlm, parts.__setitem__, image))
-        final = work.vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask, probed.batch)
-        outputs = [seen[layer] for layer in range(work.vlm.n_layers)]
+    vlm, probed, heads, parts = work.vlm, Probed(work), {}, {}
+    layers = range(vlm.n_layers)
+    # replaced by themselves: a view that is only read is not on the way to the loss
+    keep, read = (
+        replaced_heads(vlm, heads.setdefault, layers),
+        read_parts(vlm, parts.__setitem__, work.image[probed.rows]),
+    )
+    with torch.enable_grad(), keep, read:
+        final = vlm.hidden(probed.embeds.detach().requires_grad_(True), probed.mask, probed.batch)
+        outputs = [heads[layer] for layer in layers]
         gradients = torch.autograd.grad(probed.contrast(final, "p").sum(), outputs)
 
     def product(x: list[torch.Tensor]) -> torch.Tensor:
@@ -153,7 +111,7 @@ def head_gradient(work: Work) -> dict[str, torch.Tensor]:
         return probed.by_pair(torch.stack(rows, 1))
 
     whole = product([o.detach() for o in outputs])
-    from_image = product([parts[layer] for layer in range(work.vlm.n_layers)])
+    from_image = product([parts[layer] for layer in layers])
     return {"effect": whole, "image": from_image, "text": whole - from_image}
 
 
@@ -162,21 +120,22 @@ def head_gradient(work: Work) -> dict[str, torch.Tensor]:
 def blind_heads(work: Work) -> dict[str, torch.Tensor]:
     """``divergence`` [n,L,H]: distance of a head's output with and without the image (its positions hidden), averaged
     over the compared positions of both answers without outliers."""
-    vlm, seeing, found = work.vlm, {}, [None] * work.vlm.n_layers
+    vlm, with_image, found = work.vlm, {}, [None] * work.vlm.n_layers
     weight = work.weight.gather(1, work.positions)
 
     def pick(o: torch.Tensor) -> torch.Tensor:
         return o.gather(1, work.positions[:, :, None, None].expand(-1, -1, *o.shape[2:]))
 
     def compare(layer: int, o: torch.Tensor) -> None:
-        found[layer] = robust_mean((pick(o) - seeing.pop(layer)).float().norm(dim=-1), weight, work.settings.outlier)
+        distance = (pick(o) - with_image.pop(layer)).float().norm(dim=-1)
+        found[layer] = robust_mean(distance, weight, work.settings.outlier).cpu()
 
-    with read_heads(vlm, lambda layer, o: seeing.__setitem__(layer, pick(o))):
+    with read_heads(vlm, lambda layer, o: with_image.__setitem__(layer, pick(o))):
         vlm.hidden(work.embeds, work.batch.mask, work.batch)
     with read_heads(vlm, compare):
         vlm.hidden(work.embeds, work.batch.mask * ~work.image, work.batch)
-    both = torch.stack(found, 1).cpu()
-    return {"divergence": (both[: work.n] + both[work.n :]) / 2}
+    positive, negative = work.answers(found)
+    return {"divergence": (positive + negative) / 2}
 
 
 def robust_mean(x: torch.Tensor, weight: torch.Tensor, limit: float) -> torch.Tensor:

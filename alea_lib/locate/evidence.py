@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..hooks import counted, full_weight, read_attention, read_heads, read_layers
 from ..tables import DataError
-from ..taps import counted, read_attention, read_heads, read_layers, read_outputs
 from ..vlm import VLM
 from .settings import LocateSettings
 from .tokens import contrast_weights, encode, pooling_weights, suspects
@@ -54,17 +54,12 @@ class Work:
     """One batch of ``n`` pairs, the ``n`` positives first and then the ``n`` negatives, with what is computed of it."""
 
     def __init__(self, evidence: Evidence, rows: np.ndarray):
-        self.evidence, self.vlm, self.settings, self.rows, self.n = (
-            evidence,
-            evidence.vlm,
-            evidence.settings,
-            rows,
-            len(rows),
-        )
+        self.evidence, self.rows, self.n = evidence, rows, len(rows)
+        self.vlm, self.settings = evidence.vlm, evidence.settings
         part = evidence.pairs.iloc[rows]
         self.texts = (part["positive"].tolist(), part["negative"].tolist(), part["wrong"].tolist())
-        self.features = evidence.features[torch.as_tensor(rows)]
-        self.batch = encode(self.vlm, torch.cat([self.features] * 2), self.texts[0] + self.texts[1], self.settings)
+        features = torch.cat([evidence.features[torch.as_tensor(rows)]] * 2)
+        self.batch = encode(self.vlm, features, self.texts[0] + self.texts[1], self.settings)
         self.final: torch.Tensor | None = None  # what the plain pass ends in, after the last norm
 
     @cached_property
@@ -98,28 +93,33 @@ class Work:
         """x [2n,T,...] -> its weighted mean over positions [2n,...], fp32 on the CPU."""
         return torch.einsum("bt,bt...->b...", self.weight, x.float()).cpu()
 
-    def run(self) -> torch.Tensor:
-        """The plain pass."""
-        self.final = self.vlm.hidden(self.embeds, self.batch.mask, self.batch)
-        return self.final
+    def answers(self, layers: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One tensor [2n,...] a layer -> [n,L,...] of the positives and of the negatives."""
+        return torch.stack(layers, 1).split(self.n)
 
 
 class Evidence:
     """``evidence[need]``: a dict of arrays with one row a pair, collected when first asked for.
 
-    ``costs``: need -> forwards, backwards (sequences through the whole language model) and seconds.
+    ``spent``: one row for each pass over the pairs: its needs, forwards, backwards (sequences through the whole
+    language model) and seconds. ``costs``: the same by need.
     """
 
     def __init__(self, vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, settings: LocateSettings):
         check(features, pairs)
         self.vlm, self.features, self.pairs, self.settings = vlm, features, pairs.reset_index(drop=True), settings
+        self.spent: list[dict] = []
         self.costs: dict[str, dict[str, float]] = {}
         self._got: dict[str, dict[str, np.ndarray]] = {}
 
     @cached_property
     def grey(self) -> torch.Tensor:
-        """Features [1,P,D] of a picture that shows nothing."""
+        """Features [1,P,D] of an image that shows nothing."""
         return self.vlm.features([Image.new("RGB", (336, 336), (128, 128, 128))])
+
+    def weight(self, part: str, layer: int) -> torch.Tensor:
+        """A copy in fp32 of the weight [out,in] of ``down_proj`` or ``o_proj`` of a layer."""
+        return full_weight(self.vlm, self.vlm.address(part, layer))
 
     def __getitem__(self, need: str) -> dict[str, np.ndarray]:
         self.collect([need])
@@ -133,42 +133,40 @@ class Evidence:
         if self.settings.pooling == "object" or NAMED & set(missing):
             for row in self.pairs.itertuples():  # an error now, not after minutes
                 suspects(self.vlm, row.positive, row.negative, row.wrong)
-        readers = [n for n in missing if n in READERS]
-        if readers:
-            self._measure(readers, self._plain)
+        if readers := [n for n in missing if n in READERS]:
+            self._run(readers, lambda work: _listened(work, readers), "the plain pass")
         for name in missing:
             if name in PASSES:
-                self._measure([name], lambda names: self._each(PASSES[names[0]], names[0], names[0]))
+                self._run([name], lambda work, name=name: {name: PASSES[name](work)}, name)
 
-    def _measure(self, names: list[str], collect: Callable) -> None:
+    def _run(self, needs: list[str], function: Callable[[Work], dict], progress: str) -> None:
+        """Run over the batches, join the rows and count what it costs."""
+        parts: dict[tuple[str, str], list[torch.Tensor]] = {}
+        size = self.vlm.limits.of("train", self.settings.batch_size)  # some locators want gradients
         started = time.perf_counter()
         with counted(self.vlm) as count:
-            collect(names)
-        cost = {"forwards": count.forwards, "backwards": count.backwards, "seconds": time.perf_counter() - started}
-        self.costs |= {name: cost for name in names}
+            for start in tqdm(range(0, len(self.pairs), size), desc=f"locate: {progress}", leave=False):
+                work = Work(self, np.arange(start, min(start + size, len(self.pairs))))
+                for need, found in function(work).items():
+                    for key, value in found.items():
+                        parts.setdefault((need, key), []).append(value.detach().float().cpu())
+        for (need, key), values in parts.items():
+            self._got.setdefault(need, {})[key] = torch.cat(values).numpy()
+        seconds = time.perf_counter() - started
+        cost = {"forwards": count.forwards, "backwards": count.backwards, "seconds": seconds}
+        self.costs |= dict.fromkeys(needs, cost)
+        self.spent.append({"needs": ", ".join(needs), **cost})
 
-    @torch.no_grad()
-    def _plain(self, names: list[str]) -> None:
-        def listen(work: Work) -> dict[str, torch.Tensor]:
-            out = {name: {} for name in names}
-            with ExitStack() as stack:
-                for name in names:
-                    stack.enter_context(READERS[name](work, out[name]))
-                work.run()
-            return {(name, key): value for name in names for key, value in out[name].items()}
 
-        self._each(listen, "the plain pass")
-
-    def _each(self, function: Callable, progress: str, need: str | None = None) -> None:
-        """Run over the batches and join the rows; keys are (need, key) pairs, or belong to ``need``."""
-        parts: dict = {}
-        size = self.vlm.limits.of("train", self.settings.batch_size)  # some locators want gradients
-        for start in tqdm(range(0, len(self.pairs), size), desc=f"locate: {progress}", leave=False):
-            work = Work(self, np.arange(start, min(start + size, len(self.pairs))))
-            for key, value in function(work).items():
-                parts.setdefault((need, key) if need else key, []).append(value.detach().float().cpu())
-        for (name, key), values in parts.items():
-            self._got.setdefault(name, {})[key] = torch.cat(values).numpy()
+@torch.no_grad()
+def _listened(work: Work, readers: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """What readers hear of one plain pass."""
+    out = {name: {} for name in readers}
+    with ExitStack() as stack:
+        for name in readers:
+            stack.enter_context(READERS[name](work, out[name]))
+        work.final = work.vlm.hidden(work.embeds, work.batch.mask, work.batch)
+    return out
 
 
 def check(features: torch.Tensor, pairs: pd.DataFrame) -> None:
@@ -191,25 +189,24 @@ def check(features: torch.Tensor, pairs: pd.DataFrame) -> None:
 def states(work: Work, out: dict) -> Iterator[None]:
     """``positive``, ``negative`` [n,L,D]: pooled states after each layer. ``geometry`` [n,L+1,3]: distance, mean norm
     and cosine of the two, the input embeddings first; with padded pooling each averaged over positions."""
-    vlm, n = work.vlm, work.n
+    vlm, padded = work.vlm, work.settings.pooling == "padded"
     pooled, shapes = [None] * vlm.n_layers, [None] * vlm.n_layers
-    padded = work.settings.pooling == "padded"
+
+    def compared(h: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+        if padded:
+            return geometry(*h.float().split(work.n)).mean(1).cpu()
+        return geometry(*mean.split(work.n))
 
     def take(layer: int, h: torch.Tensor) -> None:
         pooled[layer] = work.pooled(h)
-        shapes[layer] = (
-            geometry(h[:n].float(), h[n:].float()).mean(1).cpu() if padded else geometry(*pooled[layer].split(n))
-        )
+        shapes[layer] = compared(h, pooled[layer])
 
     with read_layers(vlm, take):
         yield
     if work.settings.final_norm:
         take(vlm.n_layers - 1, work.final)
-    start = work.embeds if padded else work.pooled(work.embeds)[:, None]
-    first = geometry(start[:n].float(), start[n:].float()).mean(1).cpu()
-    both = torch.stack(pooled, 1)
-    out["positive"], out["negative"] = both[:n], both[n:]
-    out["geometry"] = torch.stack([first, *shapes], 1)
+    out["positive"], out["negative"] = work.answers(pooled)
+    out["geometry"] = torch.stack([compared(work.embeds, work.pooled(work.embeds)), *shapes], 1)
 
 
 def geometry(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -220,24 +217,13 @@ def geometry(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.stack([(a - b).norm(dim=-1), (norms[0] + norms[1]) / 2, cosine], -1)
 
 
-@reader("mlps")
-def mlps(work: Work, out: dict) -> Iterator[None]:
-    """``mean`` [n,L,D]: the MLPs' outputs, averaged over the answers' tokens of a pair."""
-    pooled = [None] * work.vlm.n_layers
-    with read_outputs(work.vlm, "down_proj", lambda layer, x: pooled.__setitem__(layer, work.pooled(x))):
-        yield
-    both = torch.stack(pooled, 1)
-    out["mean"] = (both[: work.n] + both[work.n :]) / 2
-
-
 @reader("heads")
 def heads(work: Work, out: dict) -> Iterator[None]:
     """``positive``, ``negative`` [n,L,H,D/H]: pooled head outputs."""
     pooled = [None] * work.vlm.n_layers
     with read_heads(work.vlm, lambda layer, o: pooled.__setitem__(layer, work.pooled(o))):
         yield
-    both = torch.stack(pooled, 1)
-    out["positive"], out["negative"] = both[: work.n], both[work.n :]
+    out["positive"], out["negative"] = work.answers(pooled)
 
 
 @reader("attention")
@@ -246,18 +232,16 @@ def attention(work: Work, out: dict) -> Iterator[None]:
 
     ``mass`` [n,2,L,H]: its share. ``entropy`` [n,2,L,H]: entropy in nats of its distribution over image positions.
     """
-    vlm, n = work.vlm, work.n
-    found = [None] * vlm.n_layers
+    found = [None] * work.vlm.n_layers
     weight = work.weight.gather(1, work.positions)
 
     def take(layer: int, p: torch.Tensor) -> None:
         on_image = p * work.image[:, None, None, :]
         mass = on_image.sum(-1)
         entropy = torch.special.entr(on_image / mass[..., None].clamp_min(1e-30)).sum(-1)
-        found[layer] = torch.einsum("br,xbhr->xbh", weight, torch.stack([mass, entropy])).cpu()
+        found[layer] = torch.einsum("br,xbhr->bxh", weight, torch.stack([mass, entropy])).cpu()
 
-    with read_attention(vlm, take, work.positions):
+    with read_attention(work.vlm, take, work.positions):
         yield
-    both = torch.stack(found, 2)  # [2 measures, 2n, L, H]
-    for name, x in zip(("mass", "entropy"), both):
-        out[name] = torch.stack([x[:n], x[n:]], 1)
+    both = torch.stack(work.answers(found), 1)  # [n, 2 answers, L, 2 measures, H]
+    out["mass"], out["entropy"] = both.unbind(3)

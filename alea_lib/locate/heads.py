@@ -5,12 +5,15 @@ o is a head's output before ``o_proj``, [D/H] a position. Contrast: see :mod:`al
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from ..taps import full_weight
-from .evidence import Evidence
-from .layers import PAPER, _same_for_all, outlying
+from .layers import PAPER, outlying, same_for_all
 from .registry import head_locator
+
+if TYPE_CHECKING:
+    from .evidence import Evidence
 
 
 @head_locator(
@@ -72,7 +75,7 @@ def output_difference(e: Evidence) -> np.ndarray:
 def random(e: Evidence) -> np.ndarray:
     """One random order of all heads."""
     order = np.random.default_rng([e.settings.seed, 6]).permutation(e.vlm.n_layers * e.vlm.n_heads)
-    return _same_for_all(e, order.reshape(e.vlm.n_layers, e.vlm.n_heads))
+    return same_for_all(e, order.reshape(e.vlm.n_layers, e.vlm.n_heads))
 
 
 @head_locator(
@@ -83,6 +86,6 @@ def weight_norm(e: Evidence) -> np.ndarray:
     """How far the norm of a head's columns of ``o_proj`` is from the median of all other heads'."""
     norms = []
     for layer in range(e.vlm.n_layers):
-        columns = full_weight(e.vlm, e.vlm.address("o_proj", layer)).unflatten(1, (e.vlm.n_heads, -1))
+        columns = e.weight("o_proj", layer).unflatten(1, (e.vlm.n_heads, -1))
         norms.append(columns.square().sum((0, 2)).sqrt().cpu().numpy())
-    return _same_for_all(e, outlying(np.stack(norms)))
+    return same_for_all(e, outlying(np.stack(norms)))

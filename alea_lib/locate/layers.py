@@ -6,11 +6,14 @@ the mean (log-)probability of the negative's wrong objects minus that of the pos
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from ..taps import full_weight
-from .evidence import Evidence
 from .registry import layer_locator
+
+if TYPE_CHECKING:  # loads torch, which the table of locators must not
+    from .evidence import Evidence
 
 PAPER = "ALEAHallu (arXiv 2512.21999)"
 
@@ -138,11 +141,11 @@ def left_out(p: np.ndarray, n: np.ndarray, ridge: float = 1.0) -> np.ndarray:
 
 @layer_locator(
     "tracing", needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1), symmetry="odd",
-    formula="contrast(corrupted image, layers around $l$ restored) - contrast(corrupted image), of $p$",
+    formula="contrast(grey image, MLP$_l$ restored) - contrast(grey image), of $p$",
     source="causal tracing (Meng et al. 2022)",
 )  # fmt: skip
 def tracing(e: Evidence) -> np.ndarray:
-    """Indirect effect of a window of layers on the probability of the wrong against the truthful objects."""
+    """Indirect effect of the layer's MLP on the probability of the wrong against the truthful objects."""
     return e["tracing"]["effect"]
 
 
@@ -178,32 +181,33 @@ def attention_entropy(e: Evidence) -> np.ndarray:
 # ---- controls --------------------------------------------------------------------------------------------------------
 
 
-def _same_for_all(e: Evidence, row: np.ndarray) -> np.ndarray:
-    return np.tile(np.asarray(row, dtype=float), (len(e.pairs), *[1] * np.ndim(row)))
+def same_for_all(e: Evidence, scores: np.ndarray) -> np.ndarray:
+    """Scores of the places, the same for each pair: [N, *places]."""
+    return np.tile(np.asarray(scores, dtype=float), (len(e.pairs), *[1] * np.ndim(scores)))
 
 
 @layer_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")
 def random(e: Evidence) -> np.ndarray:
     """One random order of the layers."""
-    return _same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers))
+    return same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers))
 
 
 @layer_locator("first", symmetry="even", formula="$-l$", source="control")
 def first(e: Evidence) -> np.ndarray:
     """The shallower, the more suspect."""
-    return _same_for_all(e, -np.arange(e.vlm.n_layers))
+    return same_for_all(e, -np.arange(e.vlm.n_layers))
 
 
 @layer_locator("last", symmetry="even", formula="$l$", source="control")
 def last(e: Evidence) -> np.ndarray:
     """The deeper, the more suspect."""
-    return _same_for_all(e, np.arange(e.vlm.n_layers))
+    return same_for_all(e, np.arange(e.vlm.n_layers))
 
 
 @layer_locator("all", symmetry="even", formula="0", source="control")
 def every(e: Evidence) -> np.ndarray:
     """All layers alike."""
-    return _same_for_all(e, np.zeros(e.vlm.n_layers))
+    return same_for_all(e, np.zeros(e.vlm.n_layers))
 
 
 @layer_locator(
@@ -212,8 +216,8 @@ def every(e: Evidence) -> np.ndarray:
 )  # fmt: skip
 def weight_norm(e: Evidence) -> np.ndarray:
     """How far the norm of the layer's down-projection is from the median of the others'."""
-    names = [e.vlm.address("down_proj", i) for i in range(e.vlm.n_layers)]
-    return _same_for_all(e, outlying(np.array([full_weight(e.vlm, name).norm().item() for name in names])))
+    norms = [e.weight("down_proj", layer).norm().item() for layer in range(e.vlm.n_layers)]
+    return same_for_all(e, outlying(np.array(norms)))
 
 
 def outlying(values: np.ndarray) -> np.ndarray:

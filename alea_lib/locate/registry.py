@@ -1,5 +1,5 @@
-"""One row a locator. To add one: write a function of :class:`Evidence`, register it, and add its test of a known
-answer.
+"""One row a locator. To add one: write a function of :class:`Evidence` in ``layers.py`` or ``heads.py``, register it,
+and add its test of a known answer (the page "Add your locator").
 
 @layer_locator("my-distance", needs=("states",), cost=2, symmetry="even", formula="...", source="...")
 def my_distance(e):
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-import numpy as np
 import pandas as pd
 
 SYMMETRIES = ("even", "odd", "none")
@@ -34,10 +34,10 @@ class Locator:
     formula: str
     source: str
     symmetry: str
-    needs: tuple[str, ...]
-    image: bool
-    cost: Cost
-    backward: Cost
+    needs: tuple[str, ...] = ()
+    image: bool = False
+    cost: Cost = 0
+    backward: Cost = 0
 
     def passes(self, layers: int, heads: int) -> tuple[float, float]:
         """Forward and backward passes a pair that the row claims for a model of this size."""
@@ -49,31 +49,20 @@ HEAD_LOCATORS: dict[str, Locator] = {}
 TARGETS = {"layer": LAYER_LOCATORS, "head": HEAD_LOCATORS}
 
 
-def _register(target: str):
-    def locator(
-        name: str,
-        *,
-        formula: str,
-        source: str,
-        symmetry: str,
-        needs: tuple[str, ...] = (),
-        image: bool = False,
-        cost: Cost = 0,
-        backward: Cost = 0,
-    ):
-        def add(function: Callable[..., np.ndarray]):
-            if symmetry not in SYMMETRIES or name in TARGETS[target]:
-                raise ValueError(f"{target} locator {name!r}: a new name, and a symmetry among {SYMMETRIES}")
-            row = Locator(name, target, function, formula, source, symmetry, needs, image, cost, backward)
-            TARGETS[target][name] = row
-            return function
+def _register(target: str, name: str, **facts) -> Callable[[Callable], Callable]:
+    """Decorator that registers a function; ``facts``: the other fields of its row."""
 
-        return add
+    def add(function: Callable) -> Callable:
+        row = Locator(name, target, function, **facts)
+        if row.symmetry not in SYMMETRIES or name in TARGETS[target]:
+            raise ValueError(f"{target} locator {name!r}: a new name, and a symmetry among {SYMMETRIES}")
+        TARGETS[target][name] = row
+        return function
 
-    return locator
+    return add
 
 
-layer_locator, head_locator = _register("layer"), _register("head")
+layer_locator, head_locator = partial(_register, "layer"), partial(_register, "head")
 
 
 def known(target: str, name: str) -> Locator:
@@ -86,12 +75,15 @@ def known(target: str, name: str) -> Locator:
 def locators(layers: int = 32, heads: int = 32) -> pd.DataFrame:
     """All locators as a table: target, locator, formula, source, symmetry, and the passes a pair for a model of this
     size."""
-    from . import heads as _heads  # noqa: F401  (registers)
-    from . import layers as _layers  # noqa: F401
-
-    rows = []
-    for row in [*LAYER_LOCATORS.values(), *HEAD_LOCATORS.values()]:
-        forwards, backwards = row.passes(layers, heads)
-        rows.append((row.target, row.name, row.formula, row.source, row.symmetry, forwards, backwards))
+    rows = [
+        (row.target, row.name, row.formula, row.source, row.symmetry, *row.passes(layers, heads))
+        for row in [*LAYER_LOCATORS.values(), *HEAD_LOCATORS.values()]
+    ]
     columns = ["target", "locator", "formula", "source", "symmetry", "forwards", "backwards"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def all_passes(target: str, layers: int, heads: int) -> tuple[float, float]:
+    """Forward and backward passes a pair of all locators of a target together, each charged all that it needs."""
+    each = [row.passes(layers, heads) for row in TARGETS[target].values()]
+    return sum(forwards for forwards, _ in each), sum(backwards for _, backwards in each)

@@ -10,11 +10,7 @@ import pandas as pd
 import torch
 
 from ..vlm import VLM
-from . import (
-    causal,  # noqa: F401  (registers its passes)
-    heads,  # noqa: F401  (registers its locators)
-    layers,  # noqa: F401
-)
+from . import causal  # noqa: F401  (registers its passes)
 from .choose import choose_layers
 from .evidence import Evidence
 from .registry import TARGETS, known
@@ -49,13 +45,7 @@ def locate_layers(
     return _locate("layer", vlm, features, pairs, names, settings)
 
 
-def locate_heads(
-    vlm: VLM,
-    features: torch.Tensor,
-    pairs: pd.DataFrame,
-    names: list[str] | None = None,
-    settings: LocateSettings = DEFAULT,
-) -> Located:
+def locate_heads(vlm: VLM, features, pairs, names=None, settings: LocateSettings = DEFAULT) -> Located:
     """Scores of head locators, see :func:`locate_layers`."""
     return _locate("head", vlm, features, pairs, names, settings)
 
@@ -71,12 +61,11 @@ def _locate(target: str, vlm: VLM, features, pairs, names, settings: LocateSetti
         started = time.perf_counter()
         parts.append(_table(row.name, np.asarray(row.function(evidence), dtype=float), target))
         own = time.perf_counter() - started
-        shared = [evidence.costs[need] for need in row.needs]
-        costs.append(
-            {"locator": row.name} | {k: sum(c[k] for c in shared) for k in ("forwards", "backwards", "seconds")}
-        )
-        costs[-1]["seconds"] += own
-    return Located(pd.concat(parts, ignore_index=True), pd.DataFrame(costs), _spent(evidence))
+        needed = [evidence.costs[need] for need in row.needs]
+        cost = {k: sum(c[k] for c in needed) for k in ("forwards", "backwards", "seconds")}
+        costs.append({"locator": row.name, **cost, "seconds": cost["seconds"] + own})
+    spent = pd.DataFrame(evidence.spent, columns=["needs", "forwards", "backwards", "seconds"])
+    return Located(pd.concat(parts, ignore_index=True), pd.DataFrame(costs), spent)
 
 
 def _table(name: str, scores: np.ndarray, target: str) -> pd.DataFrame:
@@ -84,15 +73,6 @@ def _table(name: str, scores: np.ndarray, target: str) -> pd.DataFrame:
     columns = ["pair", "layer", "head"][: scores.ndim]
     index = dict(zip(columns, (i.ravel() for i in np.indices(scores.shape))))
     return pd.DataFrame({"locator": name, **index, "score": scores.ravel()})
-
-
-def _spent(evidence: Evidence) -> pd.DataFrame:
-    """One row for each pass over the pairs."""
-    rows: dict[int, dict] = {}
-    for need, cost in evidence.costs.items():
-        row = rows.setdefault(id(cost), {"needs": "", **cost})
-        row["needs"] = ", ".join(filter(None, [row["needs"], need]))
-    return pd.DataFrame(rows.values(), columns=["needs", "forwards", "backwards", "seconds"])
 
 
 def official_layers(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame) -> tuple[Located, list[int]]:

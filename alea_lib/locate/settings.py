@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POOLINGS = ("mean", "object", "first-divergence", "padded")
-CORRUPTIONS = ("blank", "noise", "swap")
 CHOICES = {
-    "pooling": POOLINGS,
-    "read_at": ("token", "before"),
+    "pooling": ("mean", "object", "first-divergence", "padded"),
     "grounded": ("positive", "negative"),
     "sites": ("all", "answer"),
-    "ablation": ("zero", "mean"),
-    "corruption": CORRUPTIONS,
-    "restore": ("mlp", "state"),
 }
 
 
@@ -24,47 +18,33 @@ class LocateSettings:
     What the model sees
       ``prompt``      prompt role before the answers; None = no question and no chat format.
       ``image``       False = no image positions at all (locators that need the image then refuse).
-      ``eos``         True = the end token is one of the answer's tokens. Off: it is not even fed.
     Which tokens are compared
       ``pooling``     ``mean``: over the answer's own tokens. ``object``: over the first tokens of its objects, those of
                       ``wrong`` in the negative and the rest in the positive (an answer without any: all its tokens).
                       ``first-divergence``: the first token of the first object in which the answers' sequences of
                       objects differ (an answer that has run out of objects: its last token). ``padded``: official code,
                       position by position over the whole padded batch, prompt and padding counted.
-      ``read_at``     ``token``: where the model has just read the token; ``before``: one earlier, where it predicts it.
       ``final_norm``  True = the last layer is taken after the final norm, as an entry of ``hidden_states`` is.
     Causal locators: contrast of the hallucinated and the grounded objects' probabilities
       ``grounded``    the answer whose truthful objects are compared with the negative's wrong ones: ``positive``, or
                       ``negative`` itself (AD-HH: one sequence a pair instead of two).
       ``sites``       positions that are ablated, attributed or restored: ``all``, or from the one that predicts the
                       ``answer``'s first token on.
-      ``ablation``    an MLP's output becomes ``zero``, or its ``mean`` over the answers' tokens of all pairs.
-      ``corruption``  tracing: ``blank`` (a grey picture), ``noise`` (added to the features, ``noise`` times their
-                      standard deviation), ``swap`` (the next other image in the order of image_id).
-      ``restore``     tracing puts back clean ``mlp`` outputs, or whole ``state``s (then at the answer's positions).
-      ``window``      tracing: how many neighbouring layers are put back together.
     The rest
       ``top_k``       directions of the singular value decomposition (Nullu: 4).
       ``outlier``     vision-aware divergence: a token further from its answer's median than so many robust standard
                       deviations is dropped.
       ``batch_size``  pairs in a batch; memory grows with it, never with the number of pairs.
       ``max_rows``    largest number of sequences in one forward pass of a batched ablation.
-      ``seed``        of noise and of the random controls.
+      ``seed``        of the random controls.
     """
 
     prompt: str | None = "plain"
     image: bool = True
-    eos: bool = False
     pooling: str = "mean"
-    read_at: str = "token"
     final_norm: bool = False
     grounded: str = "positive"
     sites: str = "all"
-    ablation: str = "zero"
-    corruption: str = "blank"
-    noise: float = 3.0
-    restore: str = "mlp"
-    window: int = 1
     top_k: int = 4
     outlier: float = 3.0
     batch_size: int = 8
@@ -75,7 +55,7 @@ class LocateSettings:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("window", "top_k", "batch_size", "max_rows"):
+        for name in ("top_k", "batch_size", "max_rows"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
 

@@ -1,46 +1,16 @@
-"""Which tokens of an answer are meant: its objects, its own tokens, and what they weigh."""
+"""Which tokens of a pair's answers locators compare, and what they weigh."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
-from ..measures.parse import mentions
 from ..tables import DataError
+from ..tokens import object_tokens
 from ..vlm import VLM, Batch
 from .settings import LocateSettings
-
-
-class ObjectToken(NamedTuple):
-    """An object that an answer names and the index of its word's first token among the answer's tokens."""
-
-    category: str
-    token: int
-
-
-def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[ObjectToken]:
-    """The objects of an answer in reading order, with the first token of each one's word.
-
-    The tokens are those of ``VLM.encode``; words of several tokens (byte pairs, "hot dog") are met at their first. A
-    fast tokenizer's offsets say where a token lies; without them the lengths of growing beginnings of the text do.
-    """
-    text, before = vlm.answer_text(answer)
-    found = mentions(text, family)
-    if not found:
-        return []
-    if vlm.tokenizer.is_fast:
-        spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        ends = [end for _, end in spans]
-        return [ObjectToken(m.category, next(i for i, end in enumerate(ends) if end > m.start) - before) for m in found]
-    return [ObjectToken(m.category, _tokens_before(vlm, text, m.start) - before) for m in found]
-
-
-def _tokens_before(vlm: VLM, text: str, start: int) -> int:
-    """Number of tokens before the word at ``start``, from the beginning of the text; a blank belongs to its word."""
-    return len(vlm.tokenizer(text[:start].rstrip(), add_special_tokens=False)["input_ids"])
 
 
 def suspects(vlm: VLM, positive: str, negative: str, wrong: Iterable[str]) -> tuple[list[int], list[int], list[int]]:
@@ -71,24 +41,24 @@ def divergence(vlm: VLM, positive: str, negative: str) -> tuple[int | None, int 
 
 def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettings) -> Batch:
     """Answers after image and prompt, or without one or both, padded on the right."""
-    batch = vlm.encode(features, vlm.prompt(s.prompt or "plain"), answers, eos=s.eos)
+    batch = vlm.encode(features, vlm.prompt(s.prompt or "plain"), answers, eos=False)
     if s.prompt is None:
         batch = replace(batch, questions=("",) * len(batch.ids))
     if s.prompt is not None and s.image:
         return batch
     is_image = batch.ids == vlm.image_id
-    asked = (batch.labels == -100) & ~is_image
-    asked.scatter_(1, asked.long().argmax(1, keepdim=True), False)  # the beginning-of-text token stays
+    prompt = (batch.labels == -100) & ~is_image
+    prompt.scatter_(1, prompt.long().argmax(1, keepdim=True), False)  # the beginning-of-text token stays
     drop = torch.zeros_like(is_image)
     if s.prompt is None:
-        drop |= asked
+        drop |= prompt
     if not s.image:
         drop |= is_image
     return _without(batch, drop, vlm.tokenizer.pad_token_id, s.image)
 
 
 def _without(batch: Batch, drop: torch.Tensor, pad: int, image: bool) -> Batch:
-    """The batch without some of its tokens, padded anew."""
+    """The batch without some of its tokens, padded again."""
     keep = (batch.mask == 1) & ~drop
     width, rows = int(keep.sum(1).max()), len(keep)
     ids, mask = batch.ids.new_full((rows, width), pad), batch.mask.new_zeros(rows, width)
@@ -116,8 +86,6 @@ def pooling_weights(vlm: VLM, batch: Batch, positives: list[str], negatives: lis
                 last = int(own[row].nonzero()[-1]) - int(batch.answer[row])
                 picked[row, [int(batch.answer[row]) + (last if t is None else t) for t in at]] = True
         own = torch.where(picked.any(1, keepdim=True), picked, own)
-    if s.read_at == "before":
-        own = own.roll(-1, 1)
     weight = own.float()
     return weight / weight.sum(1, keepdim=True)
 

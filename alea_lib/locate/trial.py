@@ -21,7 +21,6 @@ from .settings import DEFAULT, OFFICIAL, OFFICIAL_LOCATOR, OFFICIAL_PAIRS
 
 STATES = ("raw-l2", "relative-l2", "cosine")  # distances of states, which the views below look at differently
 VIEWS = {"object": replace(DEFAULT, pooling="object"), "no-image": replace(DEFAULT, image=False)}
-COSTS = ["forwards", "backwards", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -90,34 +89,30 @@ def mean_scores(scores: pd.DataFrame, target: str) -> pd.DataFrame:
 def _located(
     vlm: VLM, few: Split, features, truth: Truth, s: TrialSettings, number: int
 ) -> tuple[pd.DataFrame, Located]:
-    """The model's own pairs, and all locators (and views, and the official choice) on them; random ones draw anew."""
-    supported = [truth[i] for i in few.ids]
-    files = [f.name for f in few.files]
+    """The model's own pairs, and on them all locators, views and the official choice; ``number`` counts the models and
+    gives each other random controls."""
+    files, supported = [f.name for f in few.files], [truth[i] for i in few.ids]
     made = activate(vlm, features, few.ids, files, supported, ActivateSettings(label_source="truth"))
     pairs = made.head(s.n_pairs).reset_index(drop=True)
-    where = {i: k for k, i in enumerate(few.ids)}
-    seen = features[torch.tensor([where[i] for i in pairs["image_id"]])]
-    names = list(s.locators) if s.locators else None
+    rows = {image_id: row for row, image_id in enumerate(few.ids)}
+    features = features[torch.tensor([rows[i] for i in pairs["image_id"]])]
+    names, settings = list(s.locators) if s.locators else None, replace(DEFAULT, seed=s.seed + number)
     if s.target == "head":
-        return pairs, locate_heads(vlm, seen, pairs, names, replace(DEFAULT, seed=s.seed + number))
-    found = [locate_layers(vlm, seen, pairs, names, replace(DEFAULT, seed=s.seed + number))]
-    found += [_renamed(locate_layers(vlm, seen, pairs, list(STATES), VIEWS[v]), f", {v}") for v in s.views]
-    found.append(_official(vlm, seen, pairs))
-    return pairs, Located(*(pd.concat([getattr(f, t) for f in found], ignore_index=True) for t in _TABLES))
+        return pairs, locate_heads(vlm, features, pairs, names, settings)
+    found = [locate_layers(vlm, features, pairs, names, settings)]
+    for view in s.views:
+        located = locate_layers(vlm, features, pairs, list(STATES), VIEWS[view])
+        named = (t.assign(locator=t["locator"] + f", {view}") for t in (located.scores, located.costs))
+        found.append(Located(*named, located.spent))
+    found.append(_official(vlm, features, pairs))
+    joined = (pd.concat([getattr(f, t) for f in found], ignore_index=True) for t in ("scores", "costs", "spent"))
+    return pairs, Located(*joined)
 
 
-_TABLES = ("scores", "costs", "spent")
-
-
-def _renamed(found: Located, suffix: str) -> Located:
-    scores, costs = (t.assign(locator=t["locator"] + suffix) for t in (found.scores, found.costs))
-    return Located(scores, costs, found.spent)
-
-
-def _official(vlm: VLM, seen: torch.Tensor, pairs: pd.DataFrame) -> Located:
+def _official(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame) -> Located:
     """The official setting as a ranking: each of the first 50 pairs votes for its own best layer, as its union does."""
     pairs = pairs.head(OFFICIAL_PAIRS)
-    found = locate_layers(vlm, seen[: len(pairs)], pairs, [OFFICIAL_LOCATOR], OFFICIAL)
+    found = locate_layers(vlm, features[: len(pairs)], pairs, [OFFICIAL_LOCATOR], OFFICIAL)
     best = found.scores.groupby("pair")["score"].transform("max") == found.scores["score"]
     votes = found.scores.assign(locator="official", score=best.astype(float))
     return Located(votes, found.costs.assign(locator="official"), found.spent)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..edit.delta import Delta, applied, verify
-from ..vlm import VLM, scored
+from ..vlm import VLM, target_mask
 from ..worlds.write import Split
 from .grounding import batches
 
@@ -47,7 +47,7 @@ def ability(
         with applied(vlm, delta, verified=True):
             now = vlm.answer_logits(batch).float().log_softmax(-1) if delta else base
         wanted = batch.labels[batch.labels != -100]
-        item = torch.arange(len(part), device=wanted.device).repeat_interleave(scored(batch.labels).sum(1))
+        item = torch.arange(len(part), device=wanted.device).repeat_interleave(target_mask(batch.labels).sum(1))
         found = {"nll_grounded": F.nll_loss(now, wanted, reduction="none")}
         if delta:
             found["kl_clean"] = F.kl_div(now, base, log_target=True, reduction="none").sum(-1)

@@ -18,8 +18,8 @@ from PIL import Image
 from ..locate.tokens import object_tokens
 from ..measures.parse import Mention, mentions
 from ..measures.truth import Truth
-from ..taps import read_attention
-from ..vlm import VLM, Batch, scored
+from ..tokens import object_tokens
+from ..vlm import VLM, Batch, target_mask
 from ..worlds.write import Split
 
 ATTENTION = ("attn_last_max", "attn_last_mean", "attn_all_mean")
@@ -72,7 +72,7 @@ def object_batches(
 def log_p(vlm: VLM, batch: Batch, prefix=None) -> torch.Tensor:
     """Log-probabilities [n] of the labelled tokens of a batch, in row order."""
     embeds, mask, labels = _with_prefix(batch, vlm.embed(batch), prefix)
-    logits = vlm.answer_logits(batch, embeds, mask, scored(labels)).float()
+    logits = vlm.answer_logits(batch, embeds, mask, target_mask(labels)).float()
     return logits.log_softmax(-1).gather(1, labels[labels != -100][:, None])[:, 0].cpu()
 
 
@@ -126,7 +126,7 @@ def _shares(vlm: VLM, batch: Batch, prefix) -> tuple[torch.Tensor, torch.Tensor]
     on_image = replace(batch, labels=torch.where(batch.ids == vlm.image_id, batch.ids, -100))
     image = _with_prefix(on_image, embeds, prefix)[2] != -100
     embeds, mask, labels = _with_prefix(batch, embeds, prefix)
-    targets = scored(labels)
+    targets = target_mask(labels)
     width = int(targets.sum(1).max())
     positions = targets.long().topk(width, dim=1).indices.sort(dim=1).values
     weight = targets.gather(1, positions).float()

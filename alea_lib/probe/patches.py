@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ..measures.truth import Truth
 from ..tables import DataError
-from ..taps import read_attention
+from ..tokens import object_tokens
 from ..vlm import VLM, Batch
 from ..worlds.write import Split
 from .grounding import blank_features, log_p, object_batches
@@ -76,7 +76,7 @@ def windows(patches: int, block: int) -> torch.Tensor:
 
 def _attention(vlm: VLM, batch: Batch) -> torch.Tensor:
     """[n,P] of one caption: weights on the image's positions, mean over layers and heads."""
-    at = batch.targets.nonzero()[:, 1][None]
+    at = batch.target_mask.nonzero()[:, 1][None]
     image, total = batch.ids[0] == vlm.image_id, []
     with read_attention(vlm, lambda _, p: total.append(p[0].mean(0)[:, image].cpu()), at):
         vlm.hidden(vlm.embed(batch), batch.mask, batch)

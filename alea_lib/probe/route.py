@@ -7,8 +7,8 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
+from ..hooks import read_heads, read_layers, replaced_heads, started_at
 from ..measures.truth import Truth
-from ..taps import read_heads, read_layers, replaced_heads, started_at
 from ..vlm import VLM, Batch
 from ..worlds.write import Split
 from .grounding import blank_features, log_p, object_batches

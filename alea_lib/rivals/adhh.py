@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 import torch
 
+from ..hooks import weighed_attention
 from ..locate.choose import choose_heads
 from ..locate.run import locate_heads
 from ..locate.settings import LocateSettings
-from ..taps import weighed_attention
 from ..vlm import VLM, Batch
 from .common import Columns, head_count
 from .registry import Baseline, register

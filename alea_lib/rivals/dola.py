@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..taps import read_layers
+from ..hooks import read_layers
 from ..vlm import VLM, Batch
 from .common import plausible
 from .registry import Baseline, register

@@ -71,7 +71,7 @@ def fit_dpo(
     for pick in tqdm(list(_order(len(pairs), settings)), desc="dpo"):
         optimiser.zero_grad()
         total, margins = 0.0, []
-        for piece in vlm.limits.pieces(pick):
+        for piece in vlm.limits.microbatches(pick):
             reference = _reference(passes, made, settings.prompt, piece, base)
             change = _log_p(passes, made.weights(), settings.prompt, piece) - reference
             loss = len(piece) / len(pick) * preference_loss(change, settings.beta)

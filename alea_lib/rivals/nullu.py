@@ -9,9 +9,9 @@ import pandas as pd
 import torch
 
 from ..edit.delta import Delta, factors_delta
+from ..hooks import full_weight
 from ..locate.evidence import Evidence
 from ..locate.settings import LocateSettings
-from ..taps import full_weight
 from ..vlm import VLM
 from .common import at_depth
 from .registry import Baseline, register

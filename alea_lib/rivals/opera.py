@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, LogitsProcessorList
 
-from ..taps import weighed_attention
+from ..hooks import weighed_attention
 from ..vlm import VLM, Batch
 from .common import Columns
 from .registry import Baseline, register
@@ -232,7 +232,7 @@ def opera(s: OperaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: 
 def positions(vlm: VLM, batch: Batch, mask: torch.Tensor) -> dict[str, torch.Tensor]:
     """Positions of the prompt that go on as :meth:`VLM.hidden` counts those of a tried token, padding included; left to
     itself, ``generate`` counts without padding. Families with positions of their own have them already."""
-    if "position_ids" in (vlm.row.writes or vlm.row.told)(vlm, mask, batch):
+    if "position_ids" in (vlm.row.generate_inputs or vlm.row.decoder_inputs)(vlm, mask, batch):
         return {}
     return {"position_ids": torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..taps import weighed_attention
+from ..hooks import weighed_attention
 from ..vlm import VLM, Batch
 from .common import Columns, Stream, at_depth, plausible, without_image
 from .registry import Baseline, register

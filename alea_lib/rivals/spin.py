@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..taps import weighed_attention
+from ..hooks import weighed_attention
 from ..vlm import VLM, Batch
 from .common import Columns
 from .registry import Baseline, register

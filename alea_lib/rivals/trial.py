@@ -23,7 +23,7 @@ from ..measures.truth import Truth, read_truth
 from ..probe.answers import captions
 from ..scoring import Benchmarks, Evaluated, evaluate, read_evaluated, truncated, write_evaluated
 from ..tables import DataError, read_jsonl, write_jsonl
-from ..taps import counted
+from ..hooks import counted
 from ..vlm import VLM
 from ..worlds.write import Split
 from .registry import Baseline

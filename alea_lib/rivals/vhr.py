@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..taps import replaced_heads
+from ..hooks import replaced_heads
 from ..vlm import VLM, Batch
 from .common import Columns, at_depth
 from .registry import Baseline, register

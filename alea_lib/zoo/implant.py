@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from .. import checkpoint
 from ..edit.delta import Delta, delta_of, weight_hash
+from ..hooks import full_weight, replaced_linear
 from ..measures.parse import mentions
-from ..taps import full_weight, replaced_linear
 from ..vlm import VLM
 from ..worlds.describe import caption
 from ..worlds.scenes import ROLES, Scene, sample

@@ -130,8 +130,8 @@ def _turn_ids(vlm: VLM, n_image: int, turns: list[tuple[str, str]]) -> tuple[lis
     that the gradient reaches the place where the word is met."""
     ids, labels = [], []
     for i, (question, answer) in enumerate(turns):
-        prompt = _ids(vlm, f"USER: {question} ASSISTANT:") if i else vlm._prompt_ids(question, n_image)
-        reply = vlm._answer_ids(answer, eos=True)
+        prompt = _ids(vlm, f"USER: {question} ASSISTANT:") if i else vlm.prompt_ids(question, n_image)
+        reply = vlm.answer_ids(answer, eos=True)
         early = 0
         if len(turns) > 1:
             early = len(_ids(vlm, f"{' in the image' if question.endswith('in the image?') else ''}? ASSISTANT:"))
@@ -205,7 +205,7 @@ def _step(
         patches = features[torch.as_tensor(indices)].float()
         projected = vlm.model.model.multi_modal_projector(patches)
         batch = collate(vlm, projected, [training_text(int(i), step, s, asked) for i in indices])
-        loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][batch.targets[:, :-1]])
+        loss = F.cross_entropy(vlm.answer_logits(batch), batch.labels[:, 1:][batch.target_mask[:, :-1]])
         align = alignment_loss(vlm, tower, patches, projected, pieces)
         (loss + s.align * align).backward()
         losses.append(loss.item())

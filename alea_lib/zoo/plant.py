@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..edit.delta import Delta, applied, load_delta, save_delta, weight_hash
+from ..loading import load, model_path
 from ..measures.chair import chair
 from ..measures.truth import read_truth
 from ..probe.answers import captions
 from ..stats import summarise
 from ..tables import write_csv
-from ..vlm import load, model_path
 from ..worlds.describe import caption
 from ..worlds.scenes import ROLES, compose, sample
 from ..worlds.write import World, make_scenes

@@ -26,7 +26,7 @@ from alea_lib.adversary.prefix import PrefixSettings, fit_prefix, random_prefix
 from alea_lib.stats import RESAMPLES, interval
 from alea_lib.tables import write_csv
 from alea_lib.tail import capture
-from alea_lib.taps import full_weight
+from alea_lib.hooks import full_weight
 from alea_lib.worlds.describe import noun_phrase
 from alea_lib.worlds.scenes import objects
 

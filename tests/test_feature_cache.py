@@ -3,14 +3,17 @@
 import errno
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import build_tiny
 
-from alea_lib import seen as module
+from alea_lib import feature_cache as module
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.settings import EditSettings
-from alea_lib.seen import Features, fingerprint, folder_name, whole
+from alea_lib.feature_cache import Features, fingerprint, folder_name, whole
+from alea_lib.locate.run import locate_layers
+from alea_lib.measures.parse import mentions
 
 
 @pytest.fixture
@@ -18,13 +21,13 @@ def cached(tmp_path):
     """A model of its own that keeps its features, and how many images it has really looked at."""
     vlm = build_tiny()
     vlm.cache, vlm.looked = tmp_path / "features", 0
-    see = vlm.see
+    see = vlm.compute_features
 
     def counting(images, *rest):
         vlm.looked += len(images)
         return see(images, *rest)
 
-    vlm.see = counting
+    vlm.compute_features = counting
     return vlm
 
 
@@ -67,6 +70,22 @@ def test_only_what_is_asked_for_is_read(cached, files, monkeypatch):
     monkeypatch.setattr(module, "_read", lambda f: read.append(f) or own(f))
     found[torch.tensor([2, 2, 5])].to("cpu")
     assert read == [found.files[2], found.files[5]]
+
+
+def test_an_unknown_attribute_reads_nothing(cached, files, monkeypatch):
+    found = cached.features(files)
+    monkeypatch.setattr(module, "_read", lambda f: pytest.fail(f"{f} was read"))
+    assert not hasattr(found, "nowhere") and not hasattr(found, "flip") and found.device == torch.device("cpu")
+    with pytest.raises(AttributeError, match="nowhere"):
+        found.nowhere  # noqa: B018
+
+
+def test_locators_run_on_them(cached, files, told):
+    found = cached.features(files)
+    table = pd.DataFrame({"positive": told, "negative": told[1:] + told[:1]})
+    table["wrong"] = [sorted({m.category for m in mentions(t)}) for t in table["negative"]]
+    a, b = (locate_layers(cached, f, table, ["raw-l2", "tracing"]).scores for f in (found, found.tensor()))
+    pd.testing.assert_frame_equal(a, b)
 
 
 def test_everything_runs_on_them(cached, files, seen, told):

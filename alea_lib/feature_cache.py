@@ -23,8 +23,10 @@ NAME = "features"
 
 
 class Features:
-    """Features [N,P,D] that stand in files, one an image. Indexing picks images and reads nothing; any use as a tensor
-    (``to``, an operation of torch, an attribute) reads the picked ones, on the CPU."""
+    """Features [N,P,D] in files, one an image. Indexing with tensors, arrays or slices picks images and reads
+    nothing; a single number, the methods, and functions of torch read what was picked, to the CPU."""
+
+    device = torch.device("cpu")
 
     def __init__(
         self, files: list[Path], shape: tuple[int, int], dtype: torch.dtype, index: torch.Tensor | None = None
@@ -51,10 +53,11 @@ class Features:
         where, back = self.index.unique(return_inverse=True)
         return torch.stack([_read(self.files[i]) for i in where.tolist()])[back]
 
-    def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(self.tensor(), name)
+    def to(self, *args, **kwargs) -> torch.Tensor:
+        return self.tensor().to(*args, **kwargs)
+
+    def repeat(self, *sizes: int) -> torch.Tensor:
+        return self.tensor().repeat(*sizes)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -71,7 +74,8 @@ def fingerprint(features: torch.Tensor | Features, block: int = 64) -> str:
     """sha256 of features as fp32, first 16 hex digits, read block by block."""
     digest = hashlib.sha256()
     for start in range(0, len(features), block):
-        digest.update(features[start : start + block].detach().float().cpu().contiguous().numpy().tobytes())
+        part = features[start : start + block].to("cpu", torch.float32)
+        digest.update(part.detach().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -79,8 +83,8 @@ def cached_features(vlm, images: list[Path | str], cache: Path, batch_size: int)
     """Features of image files, from ``cache`` where they are whole there, computed and kept where not.
 
     A file is named by the image's content, in a folder named by the model, its revision, its processor and the dtype;
-    fp32 features are kept in half precision. What is cut or of another shape is made anew, and what is finished stays
-    when the disk is full (OSError, saying how much is needed).
+    fp32 features are kept in half precision. A damaged file is computed again, and what is finished stays when the
+    disk is full (OSError, saying how much is needed).
     """
     folder = cache / folder_name(vlm)
     for image in images:
@@ -92,7 +96,7 @@ def cached_features(vlm, images: list[Path | str], cache: Path, batch_size: int)
     todo = list(missing.items())
     for start in tqdm(range(0, len(todo), batch_size), desc="features", disable=not todo):
         part = todo[start : start + batch_size]
-        for (file, _), one in zip(part, vlm.see([image for _, image in part], batch_size)):
+        for (file, _), one in zip(part, vlm.compute_features([image for _, image in part], batch_size)):
             _write(file, one.half() if one.dtype == torch.float32 else one, len(todo) - start)
     first = _read(files[0])
     return Features(files, tuple(first.shape), first.dtype)
@@ -104,9 +108,9 @@ def folder_name(vlm) -> str:
 
     processor = vlm.processor.image_processor.to_dict()
     loose = ("processor_class", "_processor_class", "_valid_processor_keys")
-    told = [vlm.key, vlm.revision, config_hash(vlm.model.config), str(vlm.model.dtype), vlm.row.canvas]
-    told += [{k: v for k, v in processor.items() if k not in loose}, vlm.row.image_options]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    given = [vlm.key, vlm.revision, config_hash(vlm.model.config), str(vlm.model.dtype), vlm.row.canvas]
+    given += [{k: v for k, v in processor.items() if k not in loose}, vlm.row.image_options]
+    return hashlib.sha256(json.dumps(given, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def whole(file: Path) -> bool:
@@ -130,7 +134,7 @@ def _read(file: Path) -> torch.Tensor:
             return f.get_tensor(NAME)
     except (SafetensorError, OSError) as error:
         raise OSError(
-            f"{file} was there a moment ago and cannot be read now ({error}); start again: it is made anew"
+            f"{file} was there a moment ago and cannot be read now ({error}); start again: it is computed again"
         ) from error
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from alea_lib.taps import (
-    SilentTap,
+from alea_lib.hooks import (
+    SilentHook,
     counted,
     full_weight,
     read_attention,
@@ -74,11 +74,11 @@ def test_reading_is_undone(tiny, batch):
     assert ours(tiny.model) == []
 
 
-def test_a_silent_tap_is_an_error(tiny):
-    with pytest.raises(SilentTap, match="forward pass"), read_layers(tiny, lambda layer, h: None):
+def test_a_silent_hook_is_an_error(tiny):
+    with pytest.raises(SilentHook, match="forward pass"), read_layers(tiny, lambda layer, h: None):
         pass
     rows = torch.zeros(1, 1, dtype=torch.int64)
-    with pytest.raises(SilentTap, match="forward pass"), read_attention(tiny, lambda layer, p: None, rows):
+    with pytest.raises(SilentHook, match="forward pass"), read_attention(tiny, lambda layer, p: None, rows):
         pass
     assert ours(tiny.model) == []
 
@@ -134,6 +134,55 @@ def test_replacing_is_undone_after_an_exception(tiny):
         assert "forward" in tiny.model.get_submodule(name).__dict__
         raise KeyboardInterrupt
     assert "forward" not in tiny.model.get_submodule(name).__dict__
+
+
+def test_replacements_nest(tiny, batch):
+    """The inner weight counts where both name a module, the outer one is back after it, also after an exception."""
+    first, second = (tiny.address("down_proj", i) for i in (1, 2))
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(64, 128, generator=generator) for _ in range(3))
+
+    @torch.no_grad()
+    def run():
+        return forward(tiny, batch).last_hidden_state
+
+    def alone(weights):
+        with replaced_linear(tiny, weights):
+            return run()
+
+    outer, both, inner = alone({first: a}), alone({first: a, second: b}), alone({first: c, second: b})
+    base = run()
+    with replaced_linear(tiny, {first: a}):
+        with replaced_linear(tiny, {second: b}):
+            assert torch.equal(run(), both)
+        assert torch.equal(run(), outer)
+        with replaced_linear(tiny, {first: c, second: b}):
+            assert torch.equal(run(), inner)
+        assert torch.equal(run(), outer)
+        with pytest.raises(KeyboardInterrupt), replaced_linear(tiny, {first: c}):
+            raise KeyboardInterrupt
+        assert torch.equal(run(), outer)
+    assert torch.equal(run(), base) and ours(tiny.model) == []
+    assert not torch.equal(outer, inner) and not torch.equal(outer, base)
+
+
+def test_a_forward_of_its_own_is_back_afterwards(tiny, batch):
+    """Of a quantised layer, or one that another library has wrapped."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.Linear4bit(128, 64, bias=False, quant_type="nf4")
+    tiny.model.nested, own = layer, layer.forward
+    try:
+        with replaced_linear(tiny, {"nested": torch.zeros(64, 128)}):
+            with replaced_linear(tiny, {"nested": torch.ones(64, 128)}):
+                assert layer(torch.ones(1, 128)).eq(128).all()
+            assert layer(torch.ones(1, 128)).eq(0).all()
+        assert "forward" not in layer.__dict__ and layer.forward == own
+        layer.forward = wrapped = lambda x: own(x)
+        with replaced_linear(tiny, {"nested": torch.zeros(64, 128)}):
+            pass
+        assert layer.forward is wrapped
+    finally:
+        del tiny.model.nested
 
 
 def test_replacing_what_is_not_there(tiny):
@@ -230,17 +279,17 @@ def test_passes_are_counted(tiny, batch):
 
 
 @torch.no_grad()
-def test_new_taps_are_errors_when_silent(tiny):
+def test_hooks_on_parts_are_errors_when_silent(tiny):
     def nothing(layer, x):
         return x
 
-    taps = [
+    hooks = [
         read_heads(tiny, nothing),
         replaced_heads(tiny, nothing, [1]),
         replaced_outputs(tiny, "layer", nothing, [0]),
     ]
-    for tap in [*taps, read_parts(tiny, nothing, torch.ones(1, 1))]:
-        with pytest.raises(SilentTap, match="forward pass"), tap:
+    for block in [*hooks, read_parts(tiny, nothing, torch.ones(1, 1))]:
+        with pytest.raises(SilentHook, match="forward pass"), block:
             pass
     assert ours(tiny.model) == []
 

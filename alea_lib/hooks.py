@@ -6,54 +6,49 @@ Addresses come from the family row (:mod:`alea_lib.families`); a site that never
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 
 from .vlm import VLM
 
+Take = Callable[[int, torch.Tensor], None]
+Change = Callable[[int, torch.Tensor], torch.Tensor]
+Layers = Iterable[int] | None  # None: all
+Block = AbstractContextManager[None]
 
-class SilentTap(RuntimeError):
+
+class SilentHook(RuntimeError):
     """A hook that was set but never reached: the module did not run in this forward pass."""
 
 
-@contextmanager
-def read_outputs(
-    vlm: VLM, part: str, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
-) -> Iterator[None]:
+def read_outputs(vlm: VLM, part: str, take: Take, layers: Layers = None) -> Block:
     """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each
     layer."""
 
     def hook(layer, output):
         take(layer, output[0] if isinstance(output, tuple) else output)
 
-    with _hooked(vlm, part, layers, after=hook):
-        yield
+    return _hooked(vlm, part, layers, after=hook)
 
 
-def read_layers(vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None):
+def read_layers(vlm: VLM, take: Take, layers: Layers = None) -> Block:
     """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer (before any final norm)."""
     return read_outputs(vlm, "layer", take, layers)
 
 
-@contextmanager
-def read_heads(
-    vlm: VLM, take: Callable[[int, torch.Tensor], None], layers: Iterable[int] | None = None
-) -> Iterator[None]:
+def read_heads(vlm: VLM, take: Take, layers: Layers = None) -> Block:
     """Call ``take(layer, o)`` with the head outputs o [B,T,H,D/H] of each layer, before ``o_proj`` mixes them."""
 
     def hook(layer, x):
         take(layer, x.unflatten(-1, (vlm.n_heads, -1)))
 
-    with _hooked(vlm, "o_proj", layers, before=hook):
-        yield
+    return _hooked(vlm, "o_proj", layers, before=hook)
 
 
-@contextmanager
-def replaced_outputs(
-    vlm: VLM, part: str, change: Callable[[int, torch.Tensor], torch.Tensor], layers: Iterable[int]
-) -> Iterator[None]:
+def replaced_outputs(vlm: VLM, part: str, change: Change, layers: Iterable[int]) -> Block:
     """Let the part of these layers give ``change(layer, out)`` [B,T,D] instead of its output ``out``."""
 
     def hook(layer, output):
@@ -61,21 +56,16 @@ def replaced_outputs(
             return (change(layer, output[0]), *output[1:])
         return change(layer, output)
 
-    with _hooked(vlm, part, layers, after=hook):
-        yield
+    return _hooked(vlm, part, layers, after=hook)
 
 
-@contextmanager
-def replaced_heads(
-    vlm: VLM, change: Callable[[int, torch.Tensor], torch.Tensor], layers: Iterable[int]
-) -> Iterator[None]:
+def replaced_heads(vlm: VLM, change: Change, layers: Iterable[int]) -> Block:
     """Let ``o_proj`` of these layers read ``change(layer, o)`` [B,T,H,D/H] instead of the head outputs ``o``."""
 
     def hook(layer, x):
         return (change(layer, x.unflatten(-1, (vlm.n_heads, -1))).flatten(-2),)
 
-    with _hooked(vlm, "o_proj", layers, before=hook):
-        yield
+    return _hooked(vlm, "o_proj", layers, before=hook)
 
 
 @contextmanager
@@ -99,10 +89,23 @@ def _hooked(vlm: VLM, part: str, layers, before=None, after=None) -> Iterator[No
             stack.callback(handle.remove)
         yield
         if silent := sorted(set(wanted) - fired):
-            raise SilentTap(
+            raise SilentHook(
                 f"{part} of layers {silent} of {vlm.key} did not run while it was read or replaced; "
                 "run a forward pass inside the block"
             )
+
+
+@contextmanager
+def _forward_replaced(modules: dict[torch.nn.Module, Callable]) -> Iterator[None]:
+    """Let modules run other functions; afterwards each has the forward back that it had before, be it its class's."""
+    with ExitStack() as stack:
+        for module, forward in modules.items():
+            if "forward" in module.__dict__:
+                stack.callback(setattr, module, "forward", module.forward)
+            else:
+                stack.callback(module.__dict__.pop, "forward", None)
+            module.forward = forward
+        yield
 
 
 @contextmanager
@@ -117,28 +120,15 @@ def started_at(vlm: VLM, layer: int, h: torch.Tensor) -> Iterator[None]:
         return h
 
     passed_over.counts = False
-    with ExitStack() as stack:
-        for module in [vlm.module("layer", i) for i in range(layer)]:
-            own = module.__dict__.get("forward")
-            module.forward = passed_over
-            if own is None:
-                stack.callback(module.__dict__.pop, "forward")
-            else:
-                stack.callback(setattr, module, "forward", own)
+    with _forward_replaced({vlm.module("layer", i): passed_over for i in range(layer)}):
         yield
 
 
-class Count:
-    """Sequences that went through the language model: ``forwards`` and ``backwards``, a whole pass of one being 1."""
-
-    def __init__(self):
-        self.forwards = self.backwards = 0.0
-
-
 @contextmanager
-def counted(vlm: VLM) -> Iterator[Count]:
-    """Count forward and backward passes, layer by layer: a pass through half of the layers is half a pass."""
-    count = Count()
+def counted(vlm: VLM) -> Iterator[SimpleNamespace]:
+    """Count the sequences that pass through the language model: ``forwards`` and ``backwards``, layer by layer, so that
+    a pass through half of the layers is half a pass."""
+    count = SimpleNamespace(forwards=0.0, backwards=0.0)
 
     def hook(module, args, output):
         h = output[0] if isinstance(output, tuple) else output
@@ -159,9 +149,14 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
     """Let linear modules compute with other weights, {module name: [out, in]}; the model's own stay untouched.
 
     The weights may be fp32 leaf tensors that require grad (master copies), whatever the model's dtype or
-    quantisation: they are cast to the input's dtype at each call. Raises KeyError for an unknown module.
+    quantisation: they are cast to the input's dtype at each call. Blocks may be nested; of two weights for one module
+    the inner one counts. Raises KeyError for an unknown module, ValueError for another shape.
     """
-    modules = {}
+
+    def computing_with(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable:
+        return lambda x: F.linear(x, weight.to(x.dtype), bias)
+
+    forwards = {}
     for name, weight in weights.items():
         try:
             module = vlm.model.get_submodule(name)
@@ -173,27 +168,22 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
             raise ValueError(
                 f"{name} is {module.out_features} x {module.in_features}, the weight {tuple(weight.shape)}"
             )
-        modules[name] = module
-    with ExitStack() as stack:
-        for name, module in modules.items():
-            module.forward = lambda x, w=weights[name], b=module.bias: F.linear(x, w.to(x.dtype), b)
-            stack.callback(module.__dict__.pop, "forward")
+        forwards[module] = computing_with(weight, module.bias)
+    with _forward_replaced(forwards):
         yield
 
 
 def full_weight(vlm: VLM, name: str) -> torch.Tensor:
     """A detached fp32 copy of a linear module's weight [out, in], dequantised where the base is 4-bit."""
-    module = vlm.model.get_submodule(name)
-    if module.weight.dtype == torch.uint8:
+    weight = vlm.model.get_submodule(name).weight
+    if weight.dtype == torch.uint8:
         import bitsandbytes
 
-        weight = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        return weight.detach().float().clone()
-    return module.weight.detach().float().clone()
+        weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight.detach().float().clone()
 
 
-@contextmanager
-def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: torch.Tensor) -> Iterator[None]:
+def read_attention(vlm: VLM, take: Take, rows: torch.Tensor) -> Block:
     """Call ``take(layer, p)`` with the attention p [B,H,R,K] of the query positions ``rows`` [B,R] of each layer.
 
     The output still comes from the fused kernel; only these rows' softmax is computed beside it, one layer at a time.
@@ -203,12 +193,10 @@ def read_attention(vlm: VLM, take: Callable[[int, torch.Tensor], None], rows: to
         take(module.layer_idx, _row_scores(module, query, key, mask, scaling, rows).softmax(-1))
         return fused(query, key, value, mask)
 
-    with _attention(vlm, attend):
-        yield
+    return _attention(vlm, attend)
 
 
-@contextmanager
-def read_parts(vlm: VLM, take: Callable[[int, torch.Tensor], None], keys: torch.Tensor) -> Iterator[None]:
+def read_parts(vlm: VLM, take: Take, keys: torch.Tensor) -> Block:
     """Call ``take(layer, part)`` with what the key positions ``keys`` [B,K] bool add to the head outputs, [B,T,H,D/H].
 
     Head outputs are sums over keys of attention times value; the rest of the sum is the head output minus the part.
@@ -220,14 +208,12 @@ def read_parts(vlm: VLM, take: Callable[[int, torch.Tensor], None], keys: torch.
             take(module.layer_idx, fused(query, key, value * keys[:, None, :, None], mask))
         return fused(query, key, value, mask)
 
-    with _attention(vlm, attend):
-        yield
+    return _attention(vlm, attend)
 
 
-@contextmanager
 def weighed_attention(
-    vlm: VLM, weigh: Callable[[int, torch.Tensor], torch.Tensor | None], layers: Iterable[int] | None = None
-) -> Iterator[None]:
+    vlm: VLM, weigh: Callable[[int, torch.Tensor], torch.Tensor | None], layers: Layers = None
+) -> Block:
     """Let the last position of each pass attend with the weights ``weigh(layer, scores)`` [B,H,K] in these layers.
 
     ``scores`` [B,H,K]: its scaled products with all keys, those in the cache first, fp32, masked ones -inf or near it.
@@ -247,8 +233,7 @@ def weighed_attention(
         new = (weights.to(value.dtype)[:, :, None] @ _for_each_query_head(module, value)).transpose(1, 2)
         return torch.cat([fused(query, key, value, mask)[:, :last], new], 1) if last else new
 
-    with _attention(vlm, attend):
-        yield
+    return _attention(vlm, attend)
 
 
 @contextmanager
@@ -282,7 +267,7 @@ def _attention(vlm: VLM, attend: Callable) -> Iterator[None]:
     finally:
         vlm.model.set_attn_implementation({"text_config": before})
     if not fired:
-        raise SilentTap(
+        raise SilentHook(
             f"no attention of {vlm.key} ran while it was read or replaced; run a forward pass inside the block"
         )
 
