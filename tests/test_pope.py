@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 
 from alea_lib.measures.__main__ import main
-from alea_lib.measures.chair import Truth
-from alea_lib.measures.pope import PARSERS, pope, read_pope
+from alea_lib.measures.pope import pope, read_pope
 from alea_lib.measures.pope_make import SETTINGS, make_pope
 from alea_lib.measures.records import image_numbers
+from alea_lib.measures.truth import Truth
+from alea_lib.measures.yes_no import PARSERS
 from alea_lib.stats import summarise
 from alea_lib.tables import DataError, write_jsonl
 

@@ -39,6 +39,7 @@ import pandas as pd
 import torch
 
 from ..edit.delta import Delta
+from ..tables import declare_method
 from ..vlm import VLM
 
 KINDS = ("decoding", "delta", "prompt", "after")
@@ -134,6 +135,7 @@ def register(row: Rival) -> Rival:
         raise ValueError(f"there is a rival {row.name!r} already")
     for changes in row.grid:
         row.changed(**changes)
+    declare_method(row.name)  # rows of metrics.csv may bear it
     ROWS[row.name] = row
     return row
 
