@@ -62,10 +62,7 @@ def test_tables():
         ("bowl",),
         ("cup",),
     )
-    dog = result.per_object.set_index("category").loc["dog"]
-    assert (dog["mentioned"], dog["hallucinated"], dog["present"]) == (1, 0, 1)
-    assert result.per_object.set_index("category").loc["cow", "hallucinated"] == 1
-    for rows in (result.items, result.per_caption, result.per_object):
+    for rows in (result.items, result.per_caption):
         assert set(rows["scorer"]) == {"singularise"}
 
 

@@ -128,7 +128,8 @@ def test_tables_need_neither_torch_nor_lexicon_nor_registry():
     code = (
         "import sys, pandas as pd, alea_lib.tables as t\n"
         "summary = pd.DataFrame([('chair_s', 0.4, 0.3, 0.5, 9)], columns=['metric', 'value', 'lo', 'hi', 'n'])\n"
-        "row = t.metric_rows(summary, run_id='1', profile='p', world='w', model='m', method='not-known', benchmark='chair')\n"
+        "keys = dict(run_id='1', profile='p', world='w', model='m', method='not-known', benchmark='chair')\n"
+        "row = t.metric_rows(summary, **keys)\n"
         "t.check_metrics(row, declared_only=False)\n"
         "try:\n    t.check_metrics(row)\nexcept t.DataError:\n    pass\n"
         "own = {m for m in sys.modules if m.startswith('alea_lib')}\n"

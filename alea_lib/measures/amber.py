@@ -43,7 +43,6 @@ class AmberResult:
     items: pd.DataFrame
     per_description: pd.DataFrame
     per_question: pd.DataFrame
-    scorer: str
 
 
 def amber(
@@ -72,9 +71,8 @@ def amber(
     parts = [*_generative(descriptions), *_discriminative(questions, complete)]
     if complete and TYPES[0] in everything and len(descriptions):
         parts += _score(descriptions, questions)
-    scorer = f"{parser}, {similarity}"
-    items = sum_by_image(pd.concat(parts, ignore_index=True)).assign(scorer=scorer)
-    return AmberResult(items, descriptions, questions, scorer)
+    items = sum_by_image(pd.concat(parts, ignore_index=True)).assign(scorer=f"{parser}, {similarity}")
+    return AmberResult(items, descriptions, questions)
 
 
 def amber_responses(captions: pd.DataFrame | None, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:

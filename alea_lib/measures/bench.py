@@ -68,7 +68,7 @@ def synthesise(folder: PathLike, sizes: TimingSizes = FULL, seed: int = 0) -> tu
     paths = Path(folder) / "instances_made.json", Path(folder) / "captions_made.json"
     contents = {"images": images, "annotations": annotations, "categories": categories}, {"annotations": captions}
     for path, content in zip(paths, contents, strict=True):
-        write_json(path, content, indent=None)
+        write_json(path, content, sort_keys=False, indent=None)
     return paths
 
 

@@ -8,7 +8,6 @@ objects) a caption. CHAIR falls when a model merely says less: never read it wit
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,21 +26,18 @@ _PER_CAPTION = ("image_id", "caption", "mentioned", "hallucinated", "missed", "n
 
 @dataclass(frozen=True)
 class ChairResult:
-    """Scores of one table of captions; every table has the column ``scorer`` = the parser's family.
+    """Scores of one table of captions; both tables have the column ``scorer`` = the parser's family.
 
     ``items``: image_id, metric, num, den (for ``alea_lib.stats``). ``per_caption``: image_id, caption,
     mentioned, hallucinated, missed (tuples of category names, in order of first mention or alphabetical for
-    missed), n_words. ``per_object``: category, mentioned, hallucinated (captions that name it), present
-    (images that hold it).
+    missed), n_words.
     """
 
     items: pd.DataFrame
     per_caption: pd.DataFrame
-    per_object: pd.DataFrame
-    family: str
 
 
-def check_captions(captions: pd.DataFrame, truth: Truth | None = None) -> pd.DataFrame:
+def check_captions(captions: pd.DataFrame, truth: Truth) -> pd.DataFrame:
     """Columns image_id and caption of a usable table; DataError saying what is wrong and how to mend it."""
     missing = [c for c in ("image_id", "caption") if c not in captions.columns]
     if missing:
@@ -51,7 +47,7 @@ def check_captions(captions: pd.DataFrame, truth: Truth | None = None) -> pd.Dat
     twice = captions.loc[captions["image_id"].duplicated(), "image_id"].unique()
     if len(twice):
         raise DataError(f"{len(twice)} images have two captions, e.g. {twice[:3].tolist()}; keep one caption an image")
-    unknown = [] if truth is None else [i for i in captions["image_id"] if i not in truth]
+    unknown = [i for i in captions["image_id"] if i not in truth]
     if unknown:
         raise DataError(
             f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}; read the annotations of the"
@@ -78,8 +74,7 @@ def chair(captions: pd.DataFrame, truth: Truth, family: str = "singularise") -> 
     rows = [_score(i, text, truth[i], family) for i, text in captions.itertuples(index=False)]
     per_caption = pd.DataFrame([row[:-1] for row in rows], columns=list(_PER_CAPTION))
     items = _items(per_caption["image_id"], np.array([row[-1] for row in rows], dtype=float))
-    per_object = _per_object(per_caption, truth)
-    return ChairResult(*(table.assign(scorer=family) for table in (items, per_caption, per_object)), family)
+    return ChairResult(items.assign(scorer=family), per_caption.assign(scorer=family))
 
 
 def _score(image_id: int, caption: str, there: frozenset[str], family: str) -> tuple:
@@ -107,17 +102,6 @@ def _items(image_ids: pd.Series, counts: np.ndarray) -> pd.DataFrame:
     return ratio_items(image_ids, ratios)
 
 
-def _per_object(per_caption: pd.DataFrame, truth: Truth) -> pd.DataFrame:
-    mentioned, wrong, there = Counter(), Counter(), Counter()
-    for row in per_caption.itertuples(index=False):
-        mentioned.update(row.mentioned)
-        wrong.update(row.hallucinated)
-        there.update(truth[row.image_id])
-    names = sorted(set(mentioned) | set(there))
-    counters = {"mentioned": mentioned, "hallucinated": wrong, "present": there}
-    return pd.DataFrame({"category": names} | {key: [c[name] for name in names] for key, c in counters.items()})
-
-
 def distinct(captions: pd.DataFrame) -> float:
     """Share of different captions: 1 when no two are the same. No ratio of sums, so no interval."""
     return captions["caption"].nunique() / len(captions)
@@ -139,7 +123,7 @@ def companion_share(
         hits = sum(c in called for c in row.hallucinated)
         rows.append((row.image_id, "companion_share", float(hits), float(len(row.hallucinated))))
     items = pd.DataFrame(rows, columns=["image_id", "metric", "num", "den"])
-    return items.assign(scorer=per_caption["scorer"].iloc[0]) if "scorer" in per_caption else items
+    return items.assign(scorer=per_caption["scorer"].iloc[0])
 
 
 def frequent_companions(truth: Truth, top: int = 3) -> dict[str, list[str]]:

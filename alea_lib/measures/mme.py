@@ -37,20 +37,18 @@ class MmeResult:
 
     items: pd.DataFrame
     per_question: pd.DataFrame
-    parser: str
 
 
-def read_mme(folder: PathLike, images: PathLike | None = None) -> pd.DataFrame:
+def read_mme(folder: PathLike) -> pd.DataFrame:
     """Questions of the tasks that ``folder`` holds: question_id, setting (the task), image, text, label, image_id.
 
     One folder a task; a text file an image with two lines ``question<TAB>Yes|No``, either beside the image or
-    in ``questions_answers_YN`` with the images in ``images``. ``images``: where to look for the images
-    otherwise (default: ``images`` beside ``folder``, as in the worlds of this study); ``image`` is the file's
-    name, or its name without ending where there is no image, which scoring does not need. The columns are
-    those of POPE's questions, so what answers those answers these. DataError for a malformed file.
+    in ``questions_answers_YN``. Images are looked for in the task's folder and in ``images`` beside ``folder`` (as in
+    the worlds of this study); ``image`` is the file's name, or its name without ending where there is no image,
+    which scoring does not need. The columns are those of POPE's questions. DataError for a malformed file.
     """
     folder = Path(folder)
-    names = _image_names(Path(images) if images is not None else folder.parent / "images")
+    names = _image_names(folder.parent / "images")
     rows = [row for task in TASKS for row in _read_task(folder / task, task, names)]
     if not rows:
         raise DataError(f"{folder}: no questions in it; needed is one folder a task, named {', '.join(TASKS)}")
@@ -126,7 +124,7 @@ def mme(answers: pd.DataFrame, questions: pd.DataFrame, parser: str = "mme") -> 
     if "truth" in answers:
         _check_truth(answers.merge(asked[[*key, "label"]], on=key), key)
     columns = ["question_id", "task", "image_id", "label", "answer", "said", "parsed", "correct"]
-    return MmeResult(_items(found).assign(scorer=parser), found[columns], parser)
+    return MmeResult(_items(found).assign(scorer=parser), found[columns])
 
 
 def _normalised(table: pd.DataFrame) -> pd.DataFrame:

@@ -31,15 +31,11 @@ class PopeResult:
     ``items``: all questions, by image: image_id, metric, num, den, scorer (the parser's name).
     ``by_setting``: the same for each setting ("" when the questions name none).
     ``per_question``: question_id, setting, image_id, label, answer, said (yes, no or None), parsed, correct.
-    ``editions``: setting to the edition of its file: "3000", the older COCO random file, else its number of
-    questions. Scores of two editions are not comparable.
     """
 
     items: pd.DataFrame
     by_setting: dict[str, pd.DataFrame]
     per_question: pd.DataFrame
-    parser: str
-    editions: dict[str, str]
 
 
 def read_pope(path: PathLike, images: Mapping[str, int] | PathLike | None = None) -> pd.DataFrame:
@@ -48,19 +44,16 @@ def read_pope(path: PathLike, images: Mapping[str, int] | PathLike | None = None
     The image id is the line's own ``image_id``; else the one that ``images`` (file name to id, or a COCO
     instances file) gives; else the number at the end of the file name (the images' rank by name where that
     does not tell them apart). ``attrs["edition"]`` tells a full file ("3000") from the older random file of
-    COCO; other sizes are named by their number. DataError for a malformed file.
+    COCO; other sizes are named by their number. Scores of two editions are not comparable. DataError for a
+    malformed file.
     """
     questions = pd.DataFrame(read_records(path, QUESTION_COLUMNS))
     questions["label"] = labels(questions["label"], questions["question_id"], str(path))
     refuse_doubled(questions, ["question_id"], "questions")
     if "image_id" not in questions:
         questions["image_id"] = _image_ids(questions["image"], images)
-    questions.attrs["edition"] = _edition(questions)
+    questions.attrs["edition"] = EDITIONS.get(len(questions), str(len(questions)))
     return questions
-
-
-def _edition(questions: pd.DataFrame) -> str:
-    return EDITIONS.get(len(questions), str(len(questions)))
 
 
 def _image_ids(names: pd.Series, images) -> list[int]:
@@ -90,10 +83,8 @@ def pope(answers: pd.DataFrame, questions: pd.DataFrame, parser: str = "official
     if "setting" not in found:
         found["setting"] = ""
     found = judged(found[["question_id", "setting", "image_id", "label", "answer"]], "answer", parser)
-    settings = {str(setting): rows for setting, rows in found.groupby("setting", sort=True)}
-    by_setting = {setting: _items(rows, parser) for setting, rows in settings.items()}
-    editions = {setting: _edition(rows) for setting, rows in settings.items()}
-    return PopeResult(_items(found, parser), by_setting, found, parser, editions)
+    by_setting = {str(setting): _items(rows, parser) for setting, rows in found.groupby("setting", sort=True)}
+    return PopeResult(_items(found, parser), by_setting, found)
 
 
 def _items(rows: pd.DataFrame, parser: str) -> pd.DataFrame:
