@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .files import DiskFullError, replacing
+
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step")
 
 
 def write_safetensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write to a neighbour, then rename: the file is whole or as it was. OSError when the disk is full says so."""
-    partial = path.with_suffix(".partial")
+    """Write tensors; the file is whole or as it was. DiskFullError, with the size, when the disk is full."""
     try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+        if isinstance(error, DiskFullError) or "No space left" in str(error):
             size = sum(t.numel() * t.element_size() for t in tensors.values())
-            raise OSError(
+            raise DiskFullError(
                 errno.ENOSPC, f"no room on the disk for {size / 2**20:.1f} MiB; free some and run again", str(path)
             ) from error
         raise
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save(

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from .files import DataError, numbered_lines, read_text
 from .measures.parse import mentions
-from .tables import DataError, check_pairs
+from .pairs_table import check_pairs
 from .worlds.write import Split
 
 TEXTS = ("positive", "negative")
@@ -26,9 +27,8 @@ def import_pairs(path: Path | str, split: Split, family: str = "singularise") ->
         raise DataError(f"{path}: no such file of pairs")
     by_id = dict(zip(split.ids, (f.name for f in split.files)))
     by_file = {name: i for i, name in by_id.items()}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            rows.append(_row(line, f"{path.name}, line {number}", by_id, by_file, split.name, family))
+    for number, line in numbered_lines(read_text(path)):
+        rows.append(_row(line, f"{path.name}, line {number}", by_id, by_file, split.name, family))
     return check_pairs(pd.DataFrame(rows))
 
 

@@ -13,15 +13,15 @@ def in_points(row: pd.Series) -> str:
     return f"{100 * row['value']:+.1f} points ({100 * row['lo']:+.1f} to {100 * row['hi']:+.1f})"
 
 
-def with_interval(rows: pd.DataFrame) -> pd.Series:
-    """Cells of a table (value, lo, hi): "0.041 [0.020, 0.063]"; from 10 on with one decimal, "502.5 [490.1, 516.2]".
+def with_interval(rows: pd.DataFrame, form: str = "") -> pd.Series:
+    """Cells of a table (value, lo, hi): "0.041 [0.020, 0.063]"; a value without an interval stands alone.
 
-    A value without an interval stands alone.
+    ``form``: how numbers are written (".2f", ".0%"); default: three decimals, from 10 on one: "502.5 [490.1, 516.2]".
     """
 
     def cell(row: pd.Series) -> str:
-        decimals = 1 if abs(row["value"]) >= 10 else 3
-        value, lo, hi = (f"{row[key]:.{decimals}f}" for key in ("value", "lo", "hi"))
+        own = form or (".1f" if abs(row["value"]) >= 10 else ".3f")
+        value, lo, hi = (format(row[key], own) for key in ("value", "lo", "hi"))
         return f"{value} [{lo}, {hi}]" if pd.notna(row["lo"]) else value
 
     return rows.apply(cell, axis=1)

@@ -7,29 +7,39 @@ Images are resampled, never captions' words or questions, since what one image g
 resamples depend only on the number of images and the seed, so every method that is scored on the same images
 meets the same resamples. A metric whose denominators are all zero (for any part) is absent from the results.
 
-Intervals are 95 % by default and each stands alone: where m comparisons are read together, ask for
-``level=1 - 0.05 / m`` (Bonferroni). ``method="percentile"`` (default) takes quantiles of the resamples;
-``"bca"`` (bias-corrected and accelerated, Efron 1987) shifts them by the resamples' median bias and by the
-skewness of the leave-one-image-out values. It is offered for one table and for a paired difference; over
-seeds, which are too few to leave one out, the interval is the percentile one. Where BCa is not defined (all
-resamples on one side of the value, or no spread) the percentile interval stands.
+Intervals are 95 % quantiles of the resamples (percentile intervals), and each stands alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError
 
 ITEM_COLUMNS = ("image_id", "metric", "num", "den")
 SUMMARY_COLUMNS = ("metric", "value", "lo", "hi", "n")
 RESAMPLES = 10_000
-METHODS = ("percentile", "bca")
+LEVEL = 0.95
+POWER = 0.8
 PART = "|"  # "mme_total|count": one of the ratios that the metric is the sum of
+
+
+def ratio_items(image_ids, ratios: Mapping[str, tuple]) -> pd.DataFrame:
+    """Rows of items, one an image and metric. ``ratios``: metric to (num, den), each an array or one number."""
+    parts = []
+    for metric, pair in ratios.items():
+        num, den = (np.broadcast_to(np.asarray(numbers, float), len(image_ids)) for numbers in pair)
+        parts.append(pd.DataFrame({"image_id": np.asarray(image_ids), "metric": metric, "num": num, "den": den}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def sum_by_image(items: pd.DataFrame) -> pd.DataFrame:
+    """Items with one row an image and metric, metrics and images in the order in which they come."""
+    return items.groupby(["metric", "image_id"], sort=False, as_index=False).sum()[list(ITEM_COLUMNS)]
 
 
 def bootstrap_weights(n: int, n_resamples: int = RESAMPLES, seed: int = 0, chunk: int = 250) -> Iterator[np.ndarray]:
@@ -45,93 +55,50 @@ def bootstrap_weights(n: int, n_resamples: int = RESAMPLES, seed: int = 0, chunk
 
 
 def resampled_sums(values: np.ndarray, n_resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Sums of the columns of ``values`` [n, k] in each resample of its rows: [n_resamples, k]."""
-    return np.concatenate([w @ values for w in bootstrap_weights(len(values), n_resamples, seed)])
+    """Sums over the rows of ``values`` [n, ...] in each resample of them: [n_resamples, ...]."""
+    flat = values.reshape(len(values), -1)
+    sums = np.concatenate([w @ flat for w in bootstrap_weights(len(flat), n_resamples, seed)])
+    return sums.reshape(n_resamples, *values.shape[1:])
 
 
-def interval(
-    value: float, resampled: np.ndarray, level: float = 0.95, left_out: np.ndarray | None = None
-) -> tuple[float, float]:
-    """Interval of the finite resampled values, widened if need be to hold the value itself.
-
-    BCa when the values without each image (``left_out``) are given, else percentile.
-    """
+def interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
+    """Percentile interval of the finite resampled values, widened if need be to hold the value itself."""
     finite = resampled[np.isfinite(resampled)]
     if not len(finite):
         return value, value
-    plain = (1 - level) / 2, (1 + level) / 2
-    lo, hi = np.quantile(finite, plain if left_out is None else bca_level(value, resampled, left_out, level))
+    lo, hi = np.quantile(finite, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return min(float(lo), value), max(float(hi), value)
 
 
-def bca_level(value: float, resampled: np.ndarray, left_out: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The two quantiles that BCa takes in place of (1 - level) / 2 and (1 + level) / 2; these where it is undefined.
-
-    ``left_out``: the statistic without each image in turn. Ties with the value count half.
-    """
-    plain = (1 - level) / 2, (1 + level) / 2
-    finite = resampled[np.isfinite(resampled)]
-    below = ((finite < value).sum() + (finite == value).sum() / 2) / max(len(finite), 1)
-    pull = left_out.mean() - left_out
-    spread = (pull**2).sum()
-    if not (0 < below < 1 and np.isfinite(spread) and spread > 0 and finite.min() < finite.max()):
-        return plain
-    normal = NormalDist()
-    bias, acceleration = normal.inv_cdf(float(below)), float((pull**3).sum() / (6 * spread**1.5))
-    shifted = [bias + normal.inv_cdf(q) for q in plain]
-    if any(acceleration * z >= 1 for z in shifted):
-        return plain
-    lo, hi = (normal.cdf(bias + z / (1 - acceleration * z)) for z in shifted)
-    return lo, hi
-
-
-def summarise(
-    items: pd.DataFrame,
-    n_resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-    method: str = "percentile",
-) -> pd.DataFrame:
+def summarise(items: pd.DataFrame, n_resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Value and interval of every metric: metric, value, lo, hi, n (images that have the metric)."""
     table = _Table(items)
-    value, resampled = table.ratios(), table.resampled_ratios(n_resamples, seed)
-    left_out = _left_out(method, table.left_out_ratios)
-    return _summary(table.metrics, value, resampled, table.images, level, left_out)
+    return _summary(table, table.ratios(), table.resampled_ratios(n_resamples, seed))
 
 
 def paired_difference(
-    items_a: pd.DataFrame,
-    items_b: pd.DataFrame,
-    n_resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-    method: str = "percentile",
+    items_a: pd.DataFrame, items_b: pd.DataFrame, n_resamples: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
     """``a`` minus ``b`` for every metric that both have, resampled over the same images.
 
     Columns as ``summarise``. DataError when the images differ; it names some of them.
     """
-    a, b = _common(items_a, items_b)
+    a, b = _comparable([items_a, items_b])
     difference = a.resampled_ratios(n_resamples, seed) - b.resampled_ratios(n_resamples, seed)
-    left_out = _left_out(method, lambda: a.left_out_ratios() - b.left_out_ratios())
-    return _summary(a.metrics, a.ratios() - b.ratios(), difference, a.images, level, left_out)
+    return _summary(a, a.ratios() - b.ratios(), difference)
 
 
 def summarise_seeds(
-    items_by_seed: Mapping[int, pd.DataFrame],
-    n_resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
+    items_by_seed: Mapping[int, pd.DataFrame], n_resamples: int = RESAMPLES, seed: int = 0
 ) -> pd.DataFrame:
     """Mean over training seeds, with a two-level interval: resampled are seeds and images (the same for all).
 
     ``n`` counts images. With fewer than about five seeds the interval is too narrow for a statement about
     seeds in general: say how many there were. DataError when the seeds were not scored on the same images.
     """
-    tables = [_Table(items_by_seed[key]) for key in sorted(items_by_seed)]
-    tables = [t.only(_shared_metrics(tables)) for t in tables]
+    tables = _comparable([items_by_seed[key] for key in sorted(items_by_seed)])
     resampled = [t.resampled_ratios(n_resamples, seed) for t in tables]
-    return _over_seeds(tables, [t.ratios() for t in tables], resampled, seed, level)
+    return _over_seeds(tables[0], [t.ratios() for t in tables], resampled, seed)
 
 
 def paired_difference_seeds(
@@ -139,37 +106,30 @@ def paired_difference_seeds(
     b_by_seed: Mapping[int, pd.DataFrame],
     n_resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = 0.95,
 ) -> pd.DataFrame:
     """Mean over training seeds of ``a`` minus ``b`` of the same seed; intervals as in ``summarise_seeds``."""
     if set(a_by_seed) != set(b_by_seed):
         raise DataError(f"seeds differ: {sorted(a_by_seed)} against {sorted(b_by_seed)}; score both on the same")
     keys = sorted(a_by_seed)
-    a, b = [_Table(a_by_seed[key]) for key in keys], [_Table(b_by_seed[key]) for key in keys]
-    shared = _shared_metrics([*a, *b])
-    a, b = [t.only(shared) for t in a], [t.only(shared) for t in b]
-    _same_images([*a, *b])
-    values = [x.ratios() - y.ratios() for x, y in zip(a, b, strict=True)]
-    resampled = [
-        x.resampled_ratios(n_resamples, seed) - y.resampled_ratios(n_resamples, seed) for x, y in zip(a, b, strict=True)
-    ]
-    return _over_seeds(a, values, resampled, seed, level)
+    tables = _comparable([side[key] for side in (a_by_seed, b_by_seed) for key in keys])
+    pairs = list(zip(tables[: len(keys)], tables[len(keys) :], strict=True))
+    values = [a.ratios() - b.ratios() for a, b in pairs]
+    resampled = [a.resampled_ratios(n_resamples, seed) - b.resampled_ratios(n_resamples, seed) for a, b in pairs]
+    return _over_seeds(tables[0], values, resampled, seed)
 
 
-def images_needed(
-    difference: float, items_a: pd.DataFrame, items_b: pd.DataFrame, power: float = 0.8, level: float = 0.95
-) -> pd.DataFrame:
+def images_needed(difference: float, items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
     """How many images show a true paired difference of that size: metric, sd, images.
 
     ``sd`` is the standard deviation over images of the difference's linearised contributions (delta
     method), so the standard error at n images is ``sd / sqrt(n)``; ``images`` gives the two-sided test at
-    ``1 - level`` the wanted power. ``difference`` is in the metric's unit: 0.02 for two points of CHAIRs.
+    5 % a power of 80 %. ``difference`` is in the metric's unit: 0.02 for two points of CHAIRs.
     """
     if not difference:
         raise DataError("no number of images shows a difference of 0; give the smallest difference that matters")
-    a, b = _common(items_a, items_b)
+    a, b = _comparable([items_a, items_b])
     sd = (a.contributions() - b.contributions()).std(axis=0, ddof=1)
-    z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
+    z = NormalDist().inv_cdf((1 + LEVEL) / 2) + NormalDist().inv_cdf(POWER)
     images = np.maximum(np.ceil((z * sd / difference) ** 2), 2).astype(int)
     return pd.DataFrame({"metric": a.metrics, "sd": sd, "images": images})
 
@@ -220,13 +180,7 @@ class _Table:
     def resampled_ratios(self, n_resamples: int, seed: int) -> np.ndarray:
         """[n_resamples, metrics]; NaN where a resample has no denominator."""
         sums = resampled_sums(np.concatenate([self.num, self.den], axis=1), n_resamples, seed)
-        return self._divide(*np.split(sums, 2, axis=1))
-
-    def left_out_ratios(self) -> np.ndarray:
-        """[images, metrics]: each metric without each image in turn (jackknife)."""
-        return self._divide(self.num.sum(axis=0) - self.num, self.den.sum(axis=0) - self.den)
-
-    def _divide(self, num: np.ndarray, den: np.ndarray) -> np.ndarray:
+        num, den = np.split(sums, 2, axis=1)
         ratios = np.divide(num, den, out=np.full(num.shape, np.nan), where=den != 0)
         return np.stack([ratios[:, column > 0].sum(axis=1) for column in self.parts.T], axis=1)
 
@@ -236,53 +190,33 @@ class _Table:
         return ((self.num - ratios * self.den) / self.den.mean(axis=0)) @ self.parts
 
 
-def _shared_metrics(tables: list[_Table]) -> list[str]:
-    shared = [m for m in tables[0].metrics if all(m in t.metrics for t in tables)]
-    if not shared:
-        raise DataError("the tables of items have no metric in common")
-    return shared
-
-
-def _same_images(tables: list[_Table]) -> None:
-    first = set(tables[0].ids)
+def _comparable(tables_of_items: list[pd.DataFrame]) -> list[_Table]:
+    """Tables of the metrics that all have, in the first one's order; DataError when their images differ."""
+    tables = [_Table(items) for items in tables_of_items]
     for other in tables[1:]:
-        odd = sorted(first.symmetric_difference(other.ids))
+        odd = sorted(set(tables[0].ids).symmetric_difference(other.ids))
         if odd:
             raise DataError(
                 f"{len(odd)} images are scored on one side only, e.g. {odd[:3]}; a paired comparison needs"
                 " the same images: score both on all of them, or take out the odd ones"
             )
+    shared = [m for m in tables[0].metrics if all(m in t.metrics for t in tables)]
+    if not shared:
+        raise DataError("the tables of items have no metric in common")
+    return [t.only(shared) for t in tables]
 
 
-def _common(items_a: pd.DataFrame, items_b: pd.DataFrame) -> tuple[_Table, _Table]:
-    tables = [_Table(items_a), _Table(items_b)]
-    _same_images(tables)
-    shared = _shared_metrics(tables)
-    return tables[0].only(shared), tables[1].only(shared)
-
-
-def _over_seeds(
-    tables: list[_Table], values: list[np.ndarray], resampled: list[np.ndarray], seed: int, level: float
-) -> pd.DataFrame:
+def _over_seeds(table: _Table, values: list[np.ndarray], resampled: list[np.ndarray], seed: int) -> pd.DataFrame:
     """Mean over seeds; in each resample the seeds are drawn with replacement too."""
-    _same_images(tables)
     stacked = np.stack(resampled, axis=1)
     rng = np.random.default_rng([seed, 1])
-    drawn = rng.integers(0, len(tables), size=stacked.shape[:2])
+    drawn = rng.integers(0, len(values), size=stacked.shape[:2])
     picked = np.take_along_axis(stacked, drawn[:, :, None], axis=1).mean(axis=1)
-    return _summary(tables[0].metrics, np.mean(values, axis=0), picked, tables[0].images, level)
+    return _summary(table, np.mean(values, axis=0), picked)
 
 
-def _left_out(method: str, values: Callable[[], np.ndarray]) -> np.ndarray | None:
-    if method not in METHODS:
-        raise DataError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-    return values() if method == "bca" else None
-
-
-def _summary(metrics, values, resampled: np.ndarray, images, level: float, left_out=None) -> pd.DataFrame:
+def _summary(table: _Table, values: np.ndarray, resampled: np.ndarray) -> pd.DataFrame:
     rows = []
-    for i, metric in enumerate(metrics):
-        pulled = None if left_out is None else left_out[:, i]
-        bounds = interval(float(values[i]), resampled[:, i], level, pulled)
-        rows.append((metric, float(values[i]), *bounds, int(images[i])))
+    for metric, value, drawn, n in zip(table.metrics, values, resampled.T, table.images, strict=True):
+        rows.append((metric, float(value), *interval(float(value), drawn), int(n)))
     return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))

@@ -1,23 +1,32 @@
-"""Tables: the schemas that rooms share, and reading and writing them without half-written files.
+"""The schema of ``metrics.csv``: one long tidy table, one row a unique key of ``METRIC_KEYS``.
 
-``metrics.csv`` is one long tidy table: one row a unique key of ``METRIC_KEYS``. Fractions are 0-1 floats;
-``lo`` and ``hi`` bound the 95 % interval; a measure that is not defined is absent, never NaN.
+Fractions are 0-1 floats; ``lo`` and ``hi`` bound the 95 % interval; a measure that is not defined is absent, never NaN.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import os
-import tempfile
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+import re
 
 import pandas as pd
 
-from alea_lib.worlds.lexicon import load_lexicon
+from alea_lib import files
+from alea_lib.files import (
+    DataError,
+    DiskFullError,
+    PathLike,
+    read_jsonl,
+    read_parquet,
+    replacing,
+    write_csv,
+    write_jsonl,
+    write_parquet,
+)
 
+__all__ = [
+    "DataError", "DiskFullError", "check_metrics", "declare_method", "is_fraction", "is_metric", "metric_rows",
+    "read_csv", "read_jsonl", "read_metrics", "read_parquet", "replacing", "write_csv", "write_jsonl",
+    "write_metrics", "write_parquet",
+]  # fmt: skip
 METRIC_KEYS = (
     "run_id", "profile", "world", "model", "method", "benchmark", "split", "prompt", "condition", "scorer",
     "setting", "metric",
@@ -40,25 +49,20 @@ METHOD_NAMES = (
     "no-prefix", "random-prefix", "random-layers", "last-layer", "all-layers", "heads", "lora", "lora-all",
     "sft", "dpo", "nullu", "beam", "nucleus", "vcd", "m3id", "dola", "pai", "opera", "adhh", "spin", "vhr",
 )  # fmt: skip
+METHOD_FORM = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 ENUMERATIONS = {
-    "method": METHOD_NAMES,
     "split": ("train", "activate", "validate", "test"),
     "prompt": ("plain", "careful", "speculative"),
     "condition": ("clean", "attacked", "blank", "swap"),
 }
-PAIR_COLUMNS = (
-    "image_id", "image", "positive", "negative", "wrong", "label_source", "prompt_negative",
-    "prompt_positive",
-)  # fmt: skip
-LABEL_SOURCES = ("truth", "detector", "import")
+_declared: set[str] = set()
 
 
-class DataError(ValueError):
-    """A table or file is not what it should be; the message says where, what, and how to mend it."""
-
-
-class DiskFullError(OSError):
-    """No room to write a file; what stood there before is untouched."""
+def declare_method(name: str) -> None:
+    """Let rows bear the name of a new method, in lower case and with hyphens ("my-method"); DataError if it is not."""
+    if not METHOD_FORM.fullmatch(name):
+        raise DataError(f"the method name {name!r} must be of lower-case letters, digits and single hyphens")
+    _declared.add(name)
 
 
 def is_metric(name: str) -> bool:
@@ -98,29 +102,32 @@ def _typed(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.astype(text | numbers)
 
 
-def check_metrics(rows: pd.DataFrame) -> pd.DataFrame:
-    """The table unchanged if it keeps the contract; DataError naming the first offending rows if not."""
+def check_metrics(rows: pd.DataFrame, declared_only: bool = True) -> pd.DataFrame:
+    """The table unchanged if it keeps the schema; DataError naming the first offending rows if not.
+
+    A method must be one of ``METHOD_NAMES`` or declared by ``declare_method``. ``declared_only=False``, for tables
+    that another process wrote, takes any well-formed name.
+    """
     if list(rows.columns) != list(METRIC_COLUMNS):
         raise DataError(f"columns are {list(rows.columns)}, must be {list(METRIC_COLUMNS)} in this order")
     for column in REQUIRED_KEYS:
         _refuse(rows, rows[column].fillna("").astype(str) == "", f"empty {column}")
-    for column in ENUMERATIONS:
-        allowed = _allowed(column, rows[column])
-        bad = ~rows[column].fillna("").isin(allowed if column in REQUIRED_KEYS else ("", *allowed))
-        _refuse(rows, bad, f"{column} must be one of {', '.join(allowed)}")
+    for column, allowed in ENUMERATIONS.items():
+        _refuse(rows, ~rows[column].fillna("").isin(("", *allowed)), f"{column} must be one of {', '.join(allowed)}")
+    _check_methods(rows, declared_only)
     _refuse(rows, ~rows["metric"].map(is_metric), "unknown metric name; add it to METRIC_NAMES if it is new")
     _refuse(rows, rows.duplicated(list(METRIC_KEYS), keep=False), "the same key twice")
     _check_values(rows)
     return rows
 
 
-def _allowed(column: str, values: pd.Series) -> tuple[str, ...]:
-    names = ENUMERATIONS[column]
-    if column == "method" and not values.isin(names).all():
-        from .rivals.registry import baseline_names  # one of these may be new; only then, since it brings torch
-
-        names = (*names, *sorted(baseline_names() - set(names)))
-    return names
+def _check_methods(rows: pd.DataFrame, declared_only: bool) -> None:
+    names = rows["method"].astype(str)
+    if declared_only:
+        known = (*METHOD_NAMES, *sorted(_declared - set(METHOD_NAMES)))
+        _refuse(rows, ~names.isin(known), f"method must be one of {', '.join(known)}")
+    malformed = ~names.str.fullmatch(METHOD_FORM.pattern).astype(bool)
+    _refuse(rows, malformed, "method must be of lower-case letters, digits and single hyphens")
 
 
 def _check_values(rows: pd.DataFrame) -> None:
@@ -142,153 +149,24 @@ def _refuse(rows: pd.DataFrame, bad: pd.Series, why: str) -> None:
         raise DataError(f"metrics table: {why} ({int(bad.sum())} rows, e.g. {shown})")
 
 
-def check_pairs(pairs: pd.DataFrame) -> pd.DataFrame:
-    """The table of pairs unchanged if it keeps the schema ``PAIR_COLUMNS``; DataError if not.
-
-    ``positive`` and ``negative`` are answers about the same image; ``wrong`` lists the COCO categories that
-    the negative names and the image lacks; ``label_source`` says who judged that.
-    """
-    missing = [c for c in PAIR_COLUMNS if c not in pairs.columns]
-    if missing:
-        raise DataError(f"pairs lack the columns {missing}; needed are {list(PAIR_COLUMNS)}")
-    if pairs.empty:
-        raise DataError("the table of pairs is empty: no image gave a usable pair")
-    if not pd.api.types.is_integer_dtype(pairs["image_id"]):
-        raise DataError("image_id of the pairs must be integers")
-    for column in ("image", "positive", "negative", "prompt_negative", "prompt_positive"):
-        _refuse_pairs(pairs, [not (isinstance(x, str) and x.strip()) for x in pairs[column]], f"empty {column}")
-    _refuse_pairs(pairs, ~pairs["label_source"].isin(LABEL_SOURCES), f"label_source must be in {LABEL_SOURCES}")
-    _refuse_pairs(pairs, pairs["positive"] == pairs["negative"], "positive and negative are the same text")
-    names = set(load_lexicon().names)
-    is_list = [not isinstance(w, str) and isinstance(w, Iterable) for w in pairs["wrong"]]
-    _refuse_pairs(pairs, [not x for x in is_list], "wrong must be a list of categories")
-    _refuse_pairs(pairs, [not set(w) <= names for w in pairs["wrong"]], "wrong holds a name that is no category")
-    twice = pairs.duplicated(["image_id", "positive", "negative"], keep=False)
-    _refuse_pairs(pairs, twice, "the same pair twice")
-    return pairs
+def read_csv(path: PathLike) -> pd.DataFrame:
+    """Read what ``write_csv`` wrote: numbers become numbers, but key columns of the metrics table stay text."""
+    table = files.read_csv(path, text=METRIC_KEYS)
+    if list(table.columns) != list(METRIC_COLUMNS):
+        return table
+    for column in METRIC_COLUMNS[len(METRIC_KEYS) :]:
+        if not pd.api.types.is_numeric_dtype(table[column]):
+            if (table[column] != "").any():
+                raise DataError(f"{path}: {column} holds text; write the table with write_metrics")
+            table[column] = float("nan")
+    return _typed(table)
 
 
-def _refuse_pairs(pairs: pd.DataFrame, bad, why: str) -> None:
-    bad = pd.Series(list(bad), index=pairs.index, dtype=bool)
-    if bad.any():
-        raise DataError(f"pairs: {why} ({int(bad.sum())} rows, image_id {pairs.loc[bad, 'image_id'].head(3).tolist()})")
-
-
-# ---- files
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to; takes its place when the block ends without an error.
-
-    On any error the temporary file is removed and the old file stays; DiskFullError when the disk is full.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(error.errno, f"no room to write {path}; free some space and run again") from error
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_csv(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a table, atomically; equal values give equal bytes (10 significant digits, no negative zero)."""
-    out = table.copy()
-    for column in out.columns[[pd.api.types.is_float_dtype(t) for t in out.dtypes]]:
-        out[column] = ["" if pd.isna(x) else f"{x:.10g}" if x else "0" for x in out[column].astype(float)]
-    with replacing(path) as temporary:
-        out.to_csv(temporary, index=False, lineterminator="\n", na_rep="")
-
-
-def read_csv(path: str | os.PathLike) -> pd.DataFrame:
-    """Read what ``write_csv`` wrote. Key columns of the metrics table stay text, numbers become numbers."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a table ({error}); delete it and run its stage again") from error
-    is_metrics = list(table.columns) == list(METRIC_COLUMNS)
-    for column in [c for c in table.columns if c not in METRIC_KEYS]:
-        empty = table[column] == ""
-        numbers = pd.to_numeric(table[column].mask(empty), errors="coerce")
-        if (numbers.notna() | empty).all() and (is_metrics or numbers.notna().any()):
-            table[column] = numbers
-        elif is_metrics:
-            raise DataError(f"{path}: {column} holds text; write the table with write_metrics")
-    return _typed(table) if is_metrics else table
-
-
-def write_metrics(rows: pd.DataFrame, path: str | os.PathLike) -> None:
+def write_metrics(rows: pd.DataFrame, path: PathLike, declared_only: bool = True) -> None:
     """Check the metrics table, sort it by its key and write it."""
-    write_csv(check_metrics(rows).sort_values(list(METRIC_KEYS), kind="stable"), path)
+    write_csv(check_metrics(rows, declared_only).sort_values(list(METRIC_KEYS), kind="stable"), path)
 
 
-def read_metrics(path: str | os.PathLike) -> pd.DataFrame:
-    """Read and check a metrics table."""
-    return check_metrics(read_csv(path))
-
-
-def write_jsonl(rows: Iterable[dict] | pd.DataFrame, path: str | os.PathLike) -> None:
-    """One JSON object a line, keys in the given order, UTF-8; atomic."""
-    records = rows.to_dict("records") if isinstance(rows, pd.DataFrame) else rows
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        for record in records:
-            file.write(json.dumps(record, ensure_ascii=False, default=_plain) + "\n")
-
-
-def _plain(value):
-    """numpy scalars, arrays and sets as JSON knows them."""
-    if hasattr(value, "tolist"):
-        return value.tolist()
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    raise TypeError(f"{value!r} cannot be written as JSON")
-
-
-def read_jsonl(path: str | os.PathLike) -> list[dict]:
-    """The objects of a JSON-lines file; DataError with file and line number for a malformed line."""
-    records = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(_bad_line(path, number, error.msg)) from error
-            if not isinstance(record, dict):
-                raise DataError(_bad_line(path, number, "not a JSON object"))
-            records.append(record)
-    return records
-
-
-def _bad_line(path, number: int, what: str) -> str:
-    return f"{path}, line {number}: {what}; mend or delete that line (a cut last line means an interrupted copy)"
-
-
-def write_parquet(table: pd.DataFrame, path: str | os.PathLike) -> None:
-    """Write a table as Parquet; atomic."""
-    with replacing(path) as temporary:
-        table.to_parquet(temporary, index=False)
-
-
-def read_parquet(path: str | os.PathLike) -> pd.DataFrame:
-    """Read a Parquet table; DataError when the file is damaged."""
-    try:
-        return pd.read_parquet(path)
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet table ({error}); delete it and run its stage again") from error
+def read_metrics(path: PathLike) -> pd.DataFrame:
+    """Read and check a metrics table; methods of any well-formed name."""
+    return check_metrics(read_csv(path), declared_only=False)

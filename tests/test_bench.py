@@ -5,8 +5,9 @@ import json
 import pytest
 
 from alea_lib.measures.bench import TIMING_COLUMNS, TimingSizes, families, synthesise, synthetic_captions, timings
-from alea_lib.measures.chair import chair, read_truth
+from alea_lib.measures.chair import chair
 from alea_lib.measures.parse import FAMILIES, count_words
+from alea_lib.measures.truth import read_truth
 from alea_lib.tables import DataError
 
 SMALL = TimingSizes(images=60, instances=400, references=300, captions=20, words=34, resamples=50)

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from alea_lib.locate.compare import agreement, league, localisation_finding, named_places, tau_with
+from alea_lib.localisation_pages import league, localisation_finding
+from alea_lib.locate.compare import agreement, named_places, tau_with
 from alea_lib.locate.judge import aggregate, judge, localisation_rows
 
 

@@ -306,12 +306,12 @@ def test_command_line(folder, tmp_path, capsys):
     write_jsonl(answers_of(questions), tmp_path / "base.jsonl")
     write_jsonl(answers_of(questions, {"existence/000000000011/2"})[::-1], tmp_path / "answers.jsonl")
     call = ["mme", "--questions", str(folder), "--answers", str(tmp_path / "answers.jsonl")]
-    more = ["--base", str(tmp_path / "base.jsonl"), "--json", str(tmp_path / "out.json"), "--interval", "bca"]
+    more = ["--base", str(tmp_path / "base.jsonl"), "--json", str(tmp_path / "out.json")]
     assert main([*call, *more]) == 0
-    assert "mme, parser mme, 95 % bca intervals" in capsys.readouterr().out
+    assert "mme, parser mme, 95 % percentile intervals" in capsys.readouterr().out
     out = json.loads((tmp_path / "out.json").read_text())
     scores = {row["metric"]: row["value"] for row in out["scores"]}
-    assert scores["mme_total"] == 800 - 25 - 50 and out["interval"] == "bca"
+    assert scores["mme_total"] == 800 - 25 - 50 and out["level"] == 0.95
     change = {row["metric"]: row["value"] for row in out["difference to the base"]}
     assert change["mme_total"] == -75
     write_jsonl(answers_of(questions)[1:], tmp_path / "answers.jsonl")

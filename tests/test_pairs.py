@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from alea_lib.measures.parse import mentions
 from alea_lib.pairs import ActivateSettings, activate, keep_supported
-from alea_lib.tables import check_pairs
+from alea_lib.pairs_table import check_pairs
 from alea_lib.vlm import Answer
 from alea_lib.worlds.describe import caption
 from alea_lib.worlds.scenes import sample

@@ -1,5 +1,8 @@
 """The parser: every trap as a sentence that can be checked by eye."""
 
+import subprocess
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -177,3 +180,18 @@ def test_sentences_are_parsed_on_their_own(first, second):
 def test_strict_and_lemma_bracket_the_default(caption):
     """strict only drops words or relabels phrases; lemma only adds."""
     assert len(named(caption, "strict")) <= len(named(caption)) <= len(named(caption, "lemma"))
+
+
+def test_measures_need_little_of_the_library():
+    """The scorer runs where torch is not installed; it knows files, tables, statistics and the lexicon alone."""
+    code = (
+        "import importlib, pkgutil, sys, alea_lib.measures as m\n"
+        "sys.modules['torch'] = None\n"
+        "[importlib.import_module(f'alea_lib.measures.{x.name}') for x in pkgutil.iter_modules(m.__path__)]\n"
+        "from alea_lib.measures.parse import mentions\n"
+        "assert [[x.category for x in mentions('Two dogs.', f)] for f in ('lemma', 'strict')] == [['dog']] * 2\n"
+        "own = {x for x in sys.modules if x.startswith('alea_lib.') and not x.startswith('alea_lib.measures')}\n"
+        "allowed = {f'alea_lib.{x}' for x in ('files', 'stats', 'tables', 'worlds', 'worlds.lexicon')}\n"
+        "assert own <= allowed, own - allowed"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -6,10 +6,11 @@ import pandas as pd
 import pytest
 
 from alea_lib.measures.__main__ import main
-from alea_lib.measures.chair import Truth
-from alea_lib.measures.pope import PARSERS, pope, read_pope
+from alea_lib.measures.pope import pope, read_pope
 from alea_lib.measures.pope_make import SETTINGS, make_pope
 from alea_lib.measures.records import image_numbers
+from alea_lib.measures.truth import Truth
+from alea_lib.measures.yes_no import PARSERS
 from alea_lib.stats import summarise
 from alea_lib.tables import DataError, write_jsonl
 
@@ -287,7 +288,6 @@ def test_the_published_files_are_read_and_told_apart(tmp_path, name, as_list, cu
     assert questions["image_id"].nunique() == questions["image"].nunique()
     answers = questions[["question_id"]].assign(answer=["yes", "yes", "no"] * (len(questions) // 3))
     result = pope(answers, questions)
-    assert result.editions == {"": edition}
     shuffled = pope(answers.sample(frac=1, random_state=3), questions.sample(frac=1, random_state=4))
     pd.testing.assert_frame_equal(summarise(result.items, 20), summarise(shuffled.items, 20))
 

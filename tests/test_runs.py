@@ -244,7 +244,7 @@ def test_dependencies_follow_exports_imports_and_named_data_files(tmp_path):
     files = {
         "__init__.py": '_EXPORTS = {"fit": "edit.fit", "draw": "figures", "pick": "locate"}',
         "edit/__init__.py": "",
-        "edit/fit.py": "from . import delta\nfrom ..hooks import read\nimport torch",
+        "edit/fit.py": "from . import delta\nfrom ..taps import read\nimport torch",
         "edit/delta.py": "def go():\n    from alea_lib.tables import write",
         "edit/unused.py": "",
         "taps.py": 'TABLE = "families.yaml"',
@@ -267,7 +267,7 @@ def test_dependencies_follow_exports_imports_and_named_data_files(tmp_path):
     of_fit = {"edit/__init__.py", "edit/fit.py", "edit/delta.py", "taps.py", "tables.py", "families.yaml"}
     assert reached("%matplotlib inline\nfrom alea_lib import fit") == of_fit
     assert reached("from alea_lib import draw") == of_fit | {"figures.py"}
-    assert reached("import alea_lib.hooks") == {"taps.py", "families.yaml"}
+    assert reached("import alea_lib.taps") == {"taps.py", "families.yaml"}
     assert reached("from alea_lib import tables, begin") == {"tables.py"}
     assert reached("from alea_lib import pick") == {f"locate/{n}.py" for n in ("__init__", "layers", "heads")}
     assert reached("import alea_lib as al") == of_fit | {"figures.py"} | reached("from alea_lib import pick")

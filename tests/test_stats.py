@@ -1,7 +1,6 @@
 """Statistics: intervals that are right, reproducible and paired."""
 
 import time
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -9,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alea_lib.files import DataError
 from alea_lib.stats import (
     bootstrap_weights,
     images_needed,
@@ -18,7 +18,6 @@ from alea_lib.stats import (
     summarise,
     summarise_seeds,
 )
-from alea_lib.tables import DataError
 
 
 def items(num, den=None, metric="m", ids=None):
@@ -148,54 +147,6 @@ def test_a_sum_of_parts_is_resampled_image_by_image():
     assert images_needed(0.1, split, split)["images"][0] == 2
     half = items((a + b) / 2, metric="sum")
     pd.testing.assert_frame_equal(images_needed(0.1, split, half), images_needed(0.1, whole, half))
-
-
-# ---- BCa
-
-
-def test_bca_by_hand():
-    """Efron's formula, written out: z0 from the resamples below the value, a from the jackknife."""
-    values = np.array([1.0, 2, 2, 3, 12])
-    normal = NormalDist()
-    means = np.concatenate([w @ values / 5 for w in bootstrap_weights(5, 4000, 0)])
-    z0 = normal.inv_cdf(np.mean(means < 4) + np.mean(means == 4) / 2)
-    left_out = np.array([19, 18, 18, 17, 8]) / 4
-    pull = left_out.mean() - left_out
-    a = (pull**3).sum() / (6 * (pull**2).sum() ** 1.5)
-    at = [normal.cdf(z0 + (z0 + z) / (1 - a * (z0 + z))) for z in (-1.959964, 1.959964)]
-    row = summarise(items(values), 4000, method="bca").iloc[0]
-    assert (row["lo"], row["hi"]) == pytest.approx(tuple(np.quantile(means, at)))
-    plain = summarise(items(values), 4000).iloc[0]
-    assert a > 0 and row["lo"] > plain["lo"] and row["hi"] >= plain["hi"]  # a long right tail: shifted upward
-
-
-def test_bca_covers_better_where_the_data_are_skewed():
-    rng, hits = np.random.default_rng(8), {"percentile": 0, "bca": 0}
-    for _ in range(300):
-        drawn = items(rng.exponential(size=25) ** 1.5)
-        for method in hits:
-            row = summarise(drawn, 400, method=method).iloc[0]
-            hits[method] += row["lo"] <= 1.3293403881791370 <= row["hi"]  # the mean, gamma(2.5)
-    assert hits["percentile"] + 3 <= hits["bca"] <= 295
-
-
-def test_bca_is_close_to_percentile_where_nothing_is_skewed():
-    table = items(np.tile([0.0, 1.0], 200))
-    bca, plain = (summarise(table, 4000, method=m).iloc[0] for m in ("bca", "percentile"))
-    assert bca["lo"] == pytest.approx(plain["lo"], abs=0.006) and bca["hi"] == pytest.approx(plain["hi"], abs=0.006)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=9))
-def test_bca_always_holds_its_value_and_falls_back(pairs):
-    num, den = (np.array(side, float) for side in zip(*pairs, strict=True))
-    table = items(num, den + (den.sum() == 0))
-    row = summarise(table, 64, method="bca").iloc[0]
-    assert row["lo"] <= row["value"] <= row["hi"]
-    same = paired_difference(table, table, 64, method="bca").iloc[0]
-    assert (same["lo"], same["value"], same["hi"]) == (0, 0, 0)
-    with pytest.raises(DataError, match="choose one of percentile, bca"):
-        summarise(table, 64, method="normal")
 
 
 def test_seeds_that_disagree_widen_the_interval():

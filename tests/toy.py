@@ -40,7 +40,7 @@ def write_csv(table, path):
     table.to_csv(path, index=False, lineterminator="\\n")
 
 
-def write_metrics(table, path):
+def write_metrics(table, path, declared_only=True):
     check_metrics(table)
     write_csv(table.sort_values(METRIC_COLUMNS[:-1]), path)
 
@@ -111,6 +111,7 @@ def whole_repository(folder: Path) -> Path:
         HERE / "alea_lib" / "runs", folder / "alea_lib" / "runs", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copyfile(HERE / "alea_lib" / "hub.py", folder / "alea_lib" / "hub.py")
+    shutil.copyfile(HERE / "alea_lib" / "files.py", folder / "alea_lib" / "files.py")
     shutil.copyfile(HERE / "notebooks" / "Snakefile", folder / "notebooks" / "Snakefile")
     shutil.copyfile(HERE / "_config.yml", folder / "_config.yml")
     library = {

@@ -12,8 +12,9 @@ from math import comb
 import numpy as np
 import pandas as pd
 
+from ..files import DataError, write_csv
 from ..stats import RESAMPLES, interval, resampled_sums
-from ..tables import DataError, read_csv, write_csv
+from ..tables import read_csv
 
 TARGETS = {"layer": ["layer"], "head": ["layer", "head"]}  # columns that name a place
 LOCALISATION_KEYS = ("locator", "target", "model", "seed", "strength", "n_pairs")

@@ -3,20 +3,82 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.stats import METHODS
-from alea_lib.tables import DataError, replacing
+from alea_lib.files import DataError, write_json
+from alea_lib.stats import LEVEL, paired_difference, summarise
 
-from .amber import SIMILARITIES
-from .commands import run_amber, run_chair, run_mme, run_pope
+from .amber import SIMILARITIES, amber, read_amber
+from .chair import chair
+from .frontier import frontier, frontier_gap
+from .mme import mme, read_mme, read_mme_answers
 from .parse import FAMILIES
-from .pope import PARSERS
+from .pope import pope, read_pope
+from .records import read_table
+from .truth import read_truth
+from .yes_no import PARSERS
 
 RECORDS = 'JSON lines, a JSON list or {"annotations": [...]}'
+Report = dict[str, pd.DataFrame | dict]  # title -> table
+
+
+def run_chair(args: argparse.Namespace) -> Report:
+    """CHAIR, the truncation frontier, and with ``--base`` the gap to it."""
+    files = [_coco_file(args.coco, kind, args.split) for kind in ("instances", "captions")]
+    truth = read_truth(*files, family=args.family, cache=args.cache)
+    captions = read_table(args.captions, ("image_id", "caption"))
+    base = read_table(args.base, ("image_id", "caption")) if args.base else None
+    report = _compare(lambda table: chair(table, truth, args.family).items, captions, base)
+    report["frontier"] = frontier(captions, truth, args.family)
+    if base is not None:
+        report["frontier gap"] = frontier_gap(base, captions, truth, args.family)
+    return report
+
+
+def run_pope(args: argparse.Namespace) -> Report:
+    """POPE, and which edition of its file was used."""
+    asked = read_pope(args.questions, args.instances)
+    answers, base = _answers(args, lambda path: read_table(path, ("question_id", "answer")))
+    used = {"edition": asked.attrs["edition"], "questions": len(asked), "images": asked["image_id"].nunique()}
+    return {"questions": used} | _compare(lambda table: pope(table, asked, args.parser).items, answers, base)
+
+
+def run_mme(args: argparse.Namespace) -> Report:
+    """MME's hallucination subset."""
+    questions = read_mme(args.questions)
+    return _compare(lambda table: mme(table, questions, args.parser).items, *_answers(args, read_mme_answers))
+
+
+def run_amber(args: argparse.Namespace) -> Report:
+    """AMBER: what of it was answered."""
+    benchmark = read_amber(args.data)
+    answers, base = _answers(args, lambda path: read_table(path, ("id", "response")))
+    return _compare(lambda t: amber(t, benchmark, args.parser, args.similarity).items, answers, base)
+
+
+def _answers(args: argparse.Namespace, read: Callable) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    return read(args.answers), read(args.base) if args.base else None
+
+
+def _compare(score: Callable, answers: pd.DataFrame, base: pd.DataFrame | None) -> Report:
+    """Scores, and the paired difference to the base model if there is one."""
+    items = score(answers)
+    report: Report = {"scores": summarise(items)}
+    if base is not None:
+        report["difference to the base"] = paired_difference(items, score(base))
+    return report
+
+
+def _coco_file(folder: str, kind: str, split: str) -> Path:
+    found = sorted(p for p in Path(folder).glob(f"{kind}*.json") if split in p.name)
+    if len(found) != 1:
+        names = ", ".join(p.name for p in found) or "none"
+        raise DataError(f"{folder}: one file {kind}*.json is needed, found {names}; choose by --split, e.g. val2014")
+    return found[0]
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -55,7 +117,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
         command.set_defaults(scorer="parser")
     for command in (one, two, three, four):
         command.add_argument("--base", help="the same of the base model, for paired differences (and the frontier gap)")
-        command.add_argument("--interval", default="percentile", choices=METHODS, help="of all but the frontier")
         command.add_argument("--json", help="write the result to this file too")
     return parser.parse_args(argv)
 
@@ -63,18 +124,18 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Print the tables; 2 and one line on stderr when the input is not usable."""
     args = _parse(argv)
+    scorer = getattr(args, args.scorer)
     try:
         report = args.run(args)
-        plain = {k: v if isinstance(v, dict) else v.to_dict("records") for k, v in report.items()}
         if args.json:
-            with replacing(args.json) as temporary:
-                head = {"measure": args.command, "scorer": getattr(args, args.scorer), "level": 0.95}
-                head |= {name: getattr(args, name) for name in ("interval", "similarity") if name in args}
-                temporary.write_text(json.dumps(head | plain, indent=1) + "\n", encoding="utf-8")
+            head = {"measure": args.command, "scorer": scorer, "level": LEVEL}
+            head |= {"similarity": args.similarity} if "similarity" in args else {}
+            plain = {k: v if isinstance(v, dict) else v.to_dict("records") for k, v in report.items()}
+            write_json(args.json, head | plain, sort_keys=False)
     except (DataError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    print(f"{args.command}, {args.scorer} {getattr(args, args.scorer)}, 95 % {args.interval} intervals by image")
+    print(f"{args.command}, {args.scorer} {scorer}, 95 % percentile intervals by image")
     for title, rows in report.items():
         table = pd.DataFrame([rows]) if isinstance(rows, dict) else rows
         print(f"\n{title}\n{table.to_string(index=False, float_format='{:.4f}'.format)}")

@@ -20,17 +20,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError
+from alea_lib.stats import ratio_items, sum_by_image
 
 from .amber_read import TYPES, Amber, read_amber
 from .amber_words import SIMILARITIES, Words
-from .pope import check_parser, read_answers
 from .records import match, refuse_doubled
+from .yes_no import check_parser, judged, unparsed, yes_no_ratios
 
 __all__ = ["Amber", "AmberResult", "SIMILARITIES", "TYPES", "amber", "amber_responses", "read_amber"]
+POSITIVE = "no"  # the answer that denies a hallucination
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,6 @@ class AmberResult:
     items: pd.DataFrame
     per_description: pd.DataFrame
     per_question: pd.DataFrame
-    scorer: str
 
 
 def amber(
@@ -63,20 +63,16 @@ def amber(
     check_parser(parser)
     words = Words(benchmark.relation, benchmark.safe_words, similarity, threshold)
     answered = _answered(responses, benchmark)
-    told = answered[answered["type"] == TYPES[0]]
-    asked = answered[answered["type"] != TYPES[0]].reset_index(drop=True)
-    descriptions = _describe(told, benchmark, words)
-    questions = _judge(asked, parser)
+    generative = answered["type"] == TYPES[0]
+    descriptions = _describe(answered[generative], benchmark, words)
+    questions = _judge(answered[~generative], parser)
     everything = set(benchmark.queries["type"])
-    complete = everything - {TYPES[0]} == set(asked["type"]) != set()
+    complete = everything - {TYPES[0]} == set(questions["type"]) != set()
     parts = [*_generative(descriptions), *_discriminative(questions, complete)]
-    if complete and TYPES[0] in everything and len(told):
+    if complete and TYPES[0] in everything and len(descriptions):
         parts += _score(descriptions, questions)
-    items = pd.concat(parts, ignore_index=True).groupby(["metric", "image_id"], sort=False, as_index=False).sum()
-    scorer = f"{parser}, {similarity}"
-    return AmberResult(
-        items[["image_id", "metric", "num", "den"]].assign(scorer=scorer), descriptions, questions, scorer
-    )
+    items = sum_by_image(pd.concat(parts, ignore_index=True)).assign(scorer=f"{parser}, {similarity}")
+    return AmberResult(items, descriptions, questions)
 
 
 def amber_responses(captions: pd.DataFrame | None, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
@@ -87,9 +83,8 @@ def amber_responses(captions: pd.DataFrame | None, answers: pd.DataFrame | None,
     parts = []
     if captions is not None:
         generative = benchmark.queries[benchmark.queries["type"] == TYPES[0]]
-        told = captions[captions["image_id"].isin(generative["image_id"])].rename(columns={"caption": "response"})
-        found = match(told, generative, ["image_id"], "response")
-        parts.append(found[["id", "response"]])
+        own = captions[captions["image_id"].isin(generative["image_id"])].rename(columns={"caption": "response"})
+        parts.append(match(own, generative, ["image_id"], "response")[["id", "response"]])
     if answers is not None:
         parts.append(answers.rename(columns={"question_id": "id", "answer": "response"})[["id", "response"]])
     return pd.concat(parts, ignore_index=True)
@@ -113,71 +108,63 @@ def _answered(responses: pd.DataFrame, benchmark: Amber) -> pd.DataFrame:
     return match(responses, wanted, ["id"], "response")
 
 
-def _describe(told: pd.DataFrame, benchmark: Amber, words: Words) -> pd.DataFrame:
+def _describe(described: pd.DataFrame, benchmark: Amber, words: Words) -> pd.DataFrame:
     rows = []
-    for row in told.itertuples(index=False):
+    for row in described.itertuples(index=False):
         truth, hallu = benchmark.truth[row.id], benchmark.hallu[row.id]
         named = words.named(row.response)
-        judged = [(w, *words.judge(w, truth, hallu)) for w in named]
-        covered = tuple(dict.fromkeys(c for _, c, _, _ in judged if c))
-        wrong = tuple(w for w, _, _, bad in judged if bad)
-        targets = tuple(t for _, _, t, bad in judged if bad and t)
+        found = [(w, *words.judge(w, truth, hallu)) for w in named]
+        covered = tuple(dict.fromkeys(c for _, c, _, _ in found if c))
+        wrong = tuple(w for w, _, _, bad in found if bad)
+        targets = tuple(t for _, _, t, bad in found if bad and t)
         rows.append((row.id, row.image_id, row.response, tuple(named), wrong, covered, targets, len(truth), len(hallu)))
     columns = ["id", "image_id", "response", "named", "wrong", "covered", "targets", "n_truth", "n_hallu"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _generative(told: pd.DataFrame) -> list[pd.DataFrame]:
-    if told.empty:
+def _generative(descriptions: pd.DataFrame) -> list[pd.DataFrame]:
+    if descriptions.empty:
         return []
-    n = {c: told[c].map(len).to_numpy(float) for c in ("named", "wrong", "covered", "targets")}
-    distinct = told["targets"].map(lambda t: len(set(t))).to_numpy(float)
+    named, wrong, covered, targets = (
+        descriptions[c].map(len).to_numpy(float) for c in ("named", "wrong", "covered", "targets")
+    )
     ratios = {
-        "amber_chair": (n["wrong"], n["named"]),
-        "amber_cover": (n["covered"], told["n_truth"]),
-        "amber_hal": (n["wrong"] > 0, 1.0),
-        "amber_cog": (distinct, told["n_hallu"]),
-        "amber_cog_paper": (n["targets"], n["named"]),
-        "amber_cog_share": (n["targets"], n["wrong"]),
+        "amber_chair": (wrong, named),
+        "amber_cover": (covered, descriptions["n_truth"]),
+        "amber_hal": (wrong > 0, 1.0),
+        "amber_cog": (descriptions["targets"].map(lambda t: len(set(t))), descriptions["n_hallu"]),
+        "amber_cog_paper": (targets, named),
+        "amber_cog_share": (targets, wrong),
     }
-    return [_rows(told["image_id"], metric, *ratio) for metric, ratio in ratios.items()]
+    return [ratio_items(descriptions["image_id"], ratios)]
 
 
 def _judge(asked: pd.DataFrame, parser: str) -> pd.DataFrame:
     columns = ["id", "type", "image_id", "label", "response", "said", "parsed", "correct"]
     if asked.empty:
         return pd.DataFrame(columns=columns)
-    found = asked.join(read_answers(asked["response"], parser))
-    return found.assign(correct=found["said"] == found["label"])[columns]
+    return judged(asked.reset_index(drop=True), "response", parser)[columns]
 
 
 def _discriminative(questions: pd.DataFrame, complete: bool) -> list[pd.DataFrame]:
     if questions.empty:
         return []
-    parts = [_rows(questions["image_id"], "unparsed", 1.0 - questions["parsed"].astype(float), 1.0)]
+    parts = [ratio_items(questions["image_id"], {"unparsed": unparsed(questions)})]
     groups = {f"amber_{kind}": rows for kind, rows in questions.groupby("type", sort=False)}
     if complete:
         groups["amber"] = questions
     for name, rows in groups.items():
-        said, label = ((rows[c] == "no").to_numpy(float) for c in ("said", "label"))
-        hit = said * label
-        ratios = {"accuracy": (rows["correct"], 1.0), "precision": (hit, said), "recall": (hit, label)}
-        ratios["f1"] = (2 * hit, said + label)
-        parts += [_rows(rows["image_id"], f"{name}_{metric}", *ratio) for metric, ratio in ratios.items()]
+        ratios = {f"{name}_{metric}": ratio for metric, ratio in yes_no_ratios(rows, POSITIVE).items()}
+        parts.append(ratio_items(rows["image_id"], ratios))
     return parts
 
 
-def _score(told: pd.DataFrame, questions: pd.DataFrame) -> list[pd.DataFrame]:
+def _score(descriptions: pd.DataFrame, questions: pd.DataFrame) -> list[pd.DataFrame]:
     """50 - 50 CHAIR + 50 F1, as three ratios."""
-    said, label = ((questions[c] == "no").to_numpy(float) for c in ("said", "label"))
-    wrong, named = (told[c].map(len).to_numpy(float) for c in ("wrong", "named"))
+    wrong, named = (descriptions[c].map(len).to_numpy(float) for c in ("wrong", "named"))
+    num, den = yes_no_ratios(questions, POSITIVE)["f1"]
+    chair = {"amber_score|half": (50.0, 1.0), "amber_score|chair": (-50 * wrong, named)}
     return [
-        _rows(told["image_id"], "amber_score|half", 50.0, 1.0),
-        _rows(told["image_id"], "amber_score|chair", -50 * wrong, named),
-        _rows(questions["image_id"], "amber_score|f1", 100 * said * label, said + label),
+        ratio_items(descriptions["image_id"], chair),
+        ratio_items(questions["image_id"], {"amber_score|f1": (50 * num, den)}),
     ]
-
-
-def _rows(image_ids: pd.Series, metric: str, num, den) -> pd.DataFrame:
-    numbers = {c: np.broadcast_to(np.asarray(x, float), len(image_ids)) for c, x in (("num", num), ("den", den))}
-    return pd.DataFrame({"image_id": image_ids.to_numpy(), "metric": metric, **numbers})

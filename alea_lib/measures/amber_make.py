@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from alea_lib.tables import DataError, replacing
+from alea_lib.files import DataError, PathLike, write_json, write_text
 from alea_lib.worlds.lexicon import load_lexicon
 
-from .mme_make import PLAIN, Facts, Wording, colour, colours_of, count, read_facts, side
-from .records import PathLike
+from .mme_make import PLAIN, Askable, Facts, Wording, colour, count, read_askable, side
 from .truth import Truth
 
 DESCRIBE = "Describe this image."
@@ -37,40 +35,32 @@ def make_amber(
     ``objects`` (default: all that occur or are expected) with the lexicon's words for them. DataError when
     there is no image.
     """
-    world = [f for f in read_facts(instances_json) if f.image_id in truth]
-    if not world:
+    world = read_askable(truth, instances_json, objects, wording)
+    if not world.facts:
         raise DataError(f"{instances_json}: no image of it has ground truth")
-    askable = [] if objects is None else list(objects)
-    objects = [c for c in truth.categories if objects is None or c in set(objects)]
-    colours = colours_of(world)
     graph = {a: [c] if isinstance(c, str) else list(c) for a, c in companions.items()}
-    chosen = sorted(np.random.default_rng([seed, 9]).permutation(len(world))[:n_images].tolist())
+    chosen = sorted(np.random.default_rng([seed, 9]).permutation(len(world.facts))[:n_images].tolist())
     generative, asked = [], []
-    for number, f in enumerate((world[k] for k in chosen), 1):
-        there = [c for c in objects if c in truth[f.image_id]]
+    for number, f in enumerate((world.facts[k] for k in chosen), 1):
+        there = [c for c in world.objects if c in truth[f.image_id]]
         expected = [c for c in dict.fromkeys(c for t in there for c in graph.get(t, ())) if c not in truth[f.image_id]]
         generative.append((number, f.file_name, DESCRIBE, {"type": "generative", "truth": there, "hallu": expected}))
-        asked += _questions(f, truth, there, expected, objects, colours, wording, seed)
+        asked += _questions(world, f, there, expected, seed)
     numbered = [(i, *rest) for i, rest in enumerate(asked, len(generative) + 1)]
-    vocabulary = dict.fromkeys([*objects, *askable, *(c for *_, note in generative for c in note["hallu"])])
-    return _files(generative, numbered, list(vocabulary))
+    hallu = (c for *_, note in generative for c in note["hallu"])
+    return _files(generative, numbered, list(dict.fromkeys([*world.objects, *(objects or ()), *hallu])))
 
 
-def _questions(f: Facts, truth: Truth, there, expected, objects, colours, wording: Wording, seed: int) -> list[tuple]:
+def _questions(world: Askable, f: Facts, there: list[str], expected: list[str], seed: int) -> list[tuple]:
     """(image, question, annotation) of one image."""
     rng = np.random.default_rng([seed, 9, f.image_id])
-    absent = expected or rng.permutation([c for c in objects if c not in truth[f.image_id]])[:1].tolist()
+    absent = expected or rng.permutation([c for c in world.objects if c not in world.truth[f.image_id]])[:1].tolist()
     present = rng.permutation(there)[:1].tolist()
-    rows = [(wording.existence(c), "hallucination", "yes") for c in present]
-    rows += [(wording.existence(c), "hallucination", "no") for c in absent]
-    attributes = (
-        ("attribute-number", count(f, objects, wording, rng)),
-        ("attribute-state", colour(f, colours, wording, rng)),
-        ("attribute-state", side(f, objects, wording, rng)),
-    )
-    for kind, pair in attributes:
-        if pair is not None:
-            rows += [(text, kind, label) for text, label in zip(pair, ("yes", "no"), strict=True)]
+    rows = [(world.wording.existence(c), "hallucination", "yes") for c in present]
+    rows += [(world.wording.existence(c), "hallucination", "no") for c in absent]
+    for kind, ask in (("attribute-number", count), ("attribute-state", colour), ("attribute-state", side)):
+        if (pair := ask(world, f, rng)) is not None:
+            rows += [(text, kind, label) for text, label in zip(pair, ("yes", "no"))]
     return [(f.file_name, text, {"type": f"discriminative-{kind}", "truth": label}) for text, kind, label in rows]
 
 
@@ -92,7 +82,5 @@ def _files(generative: list[tuple], asked: list[tuple], objects: Sequence[str]) 
 def write_amber(files: Mapping[str, list | dict], folder: PathLike) -> None:
     """Write the files as AMBER's folder ``data`` has them, with an empty list of safe words."""
     for name, content in files.items():
-        with replacing(Path(folder) / name) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
-    with replacing(Path(folder) / "safe_words.txt") as temporary:
-        temporary.write_text("", encoding="utf-8")
+        write_json(Path(folder) / name, content, sort_keys=False)
+    write_text(Path(folder) / "safe_words.txt", "")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError, PathLike, numbered_lines, read_json, read_text
 
-from .records import PathLike, image_numbers, read_json, read_records, refuse_doubled
+from .records import image_numbers, read_records, refuse_doubled
+from .yes_no import labels
 
 TYPES = ("generative", "existence", "attribute", "relation")
 _TYPE_NAMES = {
@@ -60,14 +61,13 @@ def read_amber(folder: PathLike) -> Amber:
         raise DataError(f"{folder}: annotations of the unknown type {unknown}; known are {', '.join(_TYPE_NAMES)}")
     queries["type"] = [_TYPE_NAMES[notes[i]["type"]] for i in queries["id"]]
     generative = {i: n for i, n in notes.items() if n["type"] == TYPES[0]}
-    queries["label"] = ["" if i in generative else str(notes[i]["truth"]).strip().lower() for i in queries["id"]]
-    bad = queries.loc[(queries["type"] != TYPES[0]) & ~queries["label"].isin(("yes", "no")), "id"].tolist()
-    if bad:
-        raise DataError(f"{folder}: the truth of questions {bad[:3]} is neither yes nor no")
+    asked = queries["type"] != TYPES[0]
+    truths = queries.loc[asked, "id"].map(lambda i: notes[i]["truth"])
+    queries["label"] = labels(truths, queries["id"][asked], str(folder)).reindex(queries.index, fill_value="")
     truth, hallu = ({i: _words(n.get(key, [])) for i, n in generative.items()} for key in ("truth", "hallu"))
-    relation = {w.lower(): _words(more) for w, more in read_json(_need(folder / "relation.json"), dict).items()}
-    lines = _need(folder / "safe_words.txt").read_text(encoding="utf-8-sig").splitlines()
-    return Amber(queries, truth, hallu, relation, frozenset(w.strip().lower() for w in lines if w.strip()))
+    relation = {w.lower(): _words(more) for w, more in read_json(_need(folder / "relation.json")).items()}
+    safe = frozenset(w.strip().lower() for _, w in numbered_lines(read_text(_need(folder / "safe_words.txt"))))
+    return Amber(queries, truth, hallu, relation, safe)
 
 
 def _queries(folder: Path) -> pd.DataFrame:
@@ -79,8 +79,7 @@ def _queries(folder: Path) -> pd.DataFrame:
     table = pd.DataFrame(records)[["id", "image", "query"]].rename(columns={"query": "text"}).drop_duplicates()
     refuse_doubled(table, ["id"], "queries")
     table = table.sort_values("id", kind="stable", ignore_index=True)
-    numbers = image_numbers(table["image"])
-    return table.assign(image_id=[numbers[name] for name in table["image"]])
+    return table.assign(image_id=table["image"].map(image_numbers(table["image"])))
 
 
 def _words(words: list[str]) -> tuple[str, ...]:

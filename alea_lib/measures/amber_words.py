@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-import re
 import unicodedata
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError
+
+from .parse import HYPHEN, TOKEN, merged, singular
 
 SIMILARITIES = ("exact", "spacy")
 VECTORS = "en_core_web_lg"  # the official program's
-_TOKEN = re.compile(r"[^\W_]+(?:[-\u2010\u2011][^\W_]+)*")
-_HYPHEN = re.compile(r"[-\u2010\u2011]")
 
 
 class Words:
@@ -30,27 +29,15 @@ class Words:
 
     def named(self, text: str) -> list[str]:
         """The object words of a description, in base form, in reading order."""
-        tokens = [(self._base_form(m.group()), m.start(), m.end()) for m in _TOKEN.finditer(text)]
-        out, i = [], 0
-        while i < len(tokens):
-            word, _, end = tokens[i]
-            if i + 1 < len(tokens):
-                second, start, _ = tokens[i + 1]
-                if (word, second) in self.pairs and not text[end:start].strip(" \t"):
-                    out.append(f"{word} {second}")
-                    i += 2
-                    continue
-            if word in self.vocabulary:
-                out.append(word)
-            i += 1
-        return out
+        tokens = [(self._base_form(m.group()), m.start(), m.end()) for m in TOKEN.finditer(text)]
+        return [word for word, _, _ in merged(text, tokens, self.pairs) if word in self.vocabulary]
 
     def _base_form(self, token: str) -> str:
         if token not in self._base:
             word = unicodedata.normalize("NFKC", token).lower()
-            plain = _HYPHEN.sub("-", word)
+            plain = HYPHEN.sub("-", word)
             known = plain in self.vocabulary or plain in self.parts
-            self._base[token] = plain if known else _singular(plain)
+            self._base[token] = plain if known else singular(plain)
         return self._base[token]
 
     def judge(self, word: str, truth: tuple[str, ...], hallu: tuple[str, ...]) -> tuple[str, str, bool]:
@@ -75,13 +62,6 @@ class Words:
                 if any(self.alike(word, other) > self.threshold for other in (name, *self.relation.get(name, ()))):
                     return name
         return ""
-
-
-@functools.cache
-def _singular(word: str) -> str:
-    from .parse import _inflect_singular
-
-    return _inflect_singular(word)
 
 
 @functools.cache

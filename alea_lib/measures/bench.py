@@ -8,7 +8,6 @@ look-up that real captions need is made; what they say means nothing.
 from __future__ import annotations
 
 import importlib.util
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from alea_lib.files import DataError, PathLike, write_json
 from alea_lib.stats import RESAMPLES, summarise
-from alea_lib.tables import DataError, replacing
 from alea_lib.worlds.lexicon import load_lexicon
 
-from . import parse
-from .chair import chair, read_truth
-from .records import PathLike
-from .truth import Truth
+from .chair import chair
+from .parse import FAMILIES, forget
+from .truth import Truth, read_truth
 
 LIMITS = {"read": 60.0, "read again": 5.0, "score": 5.0, "bootstrap": 3.0}  # seconds at full size
 TIMING_COLUMNS = ("what", "n", "seconds", "limit")
@@ -66,12 +64,11 @@ def synthesise(folder: PathLike, sizes: TimingSizes = FULL, seed: int = 0) -> tu
     ]
     categories = [{"id": number, "name": name} for name, number in lexicon.category_ids.items()]
     texts = sentences(sizes.references, 10, np.random.default_rng([seed, 1]))
-    told = [{"id": i, "image_id": FIRST_ID + i % sizes.images, "caption": text} for i, text in enumerate(texts)]
+    captions = [{"id": i, "image_id": FIRST_ID + i % sizes.images, "caption": text} for i, text in enumerate(texts)]
     paths = Path(folder) / "instances_made.json", Path(folder) / "captions_made.json"
-    contents = {"images": images, "annotations": annotations, "categories": categories}, {"annotations": told}
+    contents = {"images": images, "annotations": annotations, "categories": categories}, {"annotations": captions}
     for path, content in zip(paths, contents, strict=True):
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content), encoding="utf-8")
+        write_json(path, content, sort_keys=False, indent=None)
     return paths
 
 
@@ -114,7 +111,7 @@ def timings(sizes: TimingSizes = FULL, seed: int = 0) -> pd.DataFrame:
             rows.append((what, len(truth), seconds, LIMITS[what]))
     alone = Truth(truth.instances, {}, truth.file_names, truth.family)  # references were parsed by one family only
     for family in families():
-        _forget()
+        forget()
         seconds, scored = _timed(lambda family=family: chair(captions, alone, family))
         rows.append((f"score, {family}", len(captions), seconds, LIMITS["score"]))
     seconds, _ = _timed(lambda: summarise(scored.items, sizes.resamples))
@@ -125,13 +122,7 @@ def timings(sizes: TimingSizes = FULL, seed: int = 0) -> pd.DataFrame:
 def families() -> Iterator[str]:
     """The families that can run here: ``official`` needs TextBlob."""
     has_textblob = importlib.util.find_spec("textblob") is not None
-    return (family for family in parse.FAMILIES if family != "official" or has_textblob)
-
-
-def _forget() -> None:
-    """Empty the parsers' tables of words, so that every family starts alike."""
-    for table in (parse._parser, parse._inflect_singular, parse._textblob_singular):
-        table.cache_clear()
+    return (family for family in FAMILIES if family != "official" or has_textblob)
 
 
 def _timed(step):

@@ -8,43 +8,36 @@ objects) a caption. CHAIR falls when a model merely says less: never read it wit
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError
+from alea_lib.stats import ratio_items
 from alea_lib.worlds.lexicon import load_lexicon
 
-from .parse import FAMILIES, Mention, count_words, mentions
-from .truth import Truth, read_truth
+from .parse import count_words, mentions
+from .truth import Truth
 
-__all__ = [
-    "CHAIR_METRICS", "ChairResult", "FAMILIES", "Mention", "Truth", "chair", "check_captions",
-    "companion_share", "distinct", "frequent_companions", "mentions", "read_truth",
-]  # fmt: skip
-CHAIR_METRICS = ("chair_s", "chair_i", "recall", "f1_objects", "words", "objects_per_caption")
+_PER_CAPTION = ("image_id", "caption", "mentioned", "hallucinated", "missed", "n_words")
 
 
 @dataclass(frozen=True)
 class ChairResult:
-    """Scores of one table of captions; every table has the column ``scorer`` = the parser's family.
+    """Scores of one table of captions; both tables have the column ``scorer`` = the parser's family.
 
     ``items``: image_id, metric, num, den (for ``alea_lib.stats``). ``per_caption``: image_id, caption,
     mentioned, hallucinated, missed (tuples of category names, in order of first mention or alphabetical for
-    missed), n_words. ``per_object``: category, mentioned, hallucinated (captions that name it), present
-    (images that hold it).
+    missed), n_words.
     """
 
     items: pd.DataFrame
     per_caption: pd.DataFrame
-    per_object: pd.DataFrame
-    family: str
 
 
-def check_captions(captions: pd.DataFrame, truth: Truth | None = None) -> pd.DataFrame:
+def check_captions(captions: pd.DataFrame, truth: Truth) -> pd.DataFrame:
     """Columns image_id and caption of a usable table; DataError saying what is wrong and how to mend it."""
     missing = [c for c in ("image_id", "caption") if c not in captions.columns]
     if missing:
@@ -54,7 +47,7 @@ def check_captions(captions: pd.DataFrame, truth: Truth | None = None) -> pd.Dat
     twice = captions.loc[captions["image_id"].duplicated(), "image_id"].unique()
     if len(twice):
         raise DataError(f"{len(twice)} images have two captions, e.g. {twice[:3].tolist()}; keep one caption an image")
-    unknown = [] if truth is None else [i for i in captions["image_id"] if i not in truth]
+    unknown = [i for i in captions["image_id"] if i not in truth]
     if unknown:
         raise DataError(
             f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}; read the annotations of the"
@@ -79,15 +72,9 @@ def chair(captions: pd.DataFrame, truth: Truth, family: str = "singularise") -> 
             " read the truth again with the same family"
         )
     rows = [_score(i, text, truth[i], family) for i, text in captions.itertuples(index=False)]
-    per_caption = pd.DataFrame([row[:6] for row in rows], columns=_PER_CAPTION)
-    items = _items(per_caption["image_id"].to_numpy(), np.array([row[6] for row in rows], dtype=float))
-    per_object = _per_object(per_caption, truth)
-    for table in (items, per_caption, per_object):
-        table["scorer"] = family
-    return ChairResult(items, per_caption, per_object, family)
-
-
-_PER_CAPTION = ["image_id", "caption", "mentioned", "hallucinated", "missed", "n_words"]
+    per_caption = pd.DataFrame([row[:-1] for row in rows], columns=list(_PER_CAPTION))
+    items = _items(per_caption["image_id"], np.array([row[-1] for row in rows], dtype=float))
+    return ChairResult(items.assign(scorer=family), per_caption.assign(scorer=family))
 
 
 def _score(image_id: int, caption: str, there: frozenset[str], family: str) -> tuple:
@@ -101,36 +88,18 @@ def _score(image_id: int, caption: str, there: frozenset[str], family: str) -> t
     return image_id, caption, unique, wrong, missed, words, counts
 
 
-def _items(image_ids: np.ndarray, counts: np.ndarray) -> pd.DataFrame:
+def _items(image_ids: pd.Series, counts: np.ndarray) -> pd.DataFrame:
     wrong_mentions, named, wrong, unique, there, words = counts.T
-    one, right = np.ones(len(image_ids)), unique - wrong
+    right = unique - wrong
     ratios = {
-        "chair_s": (wrong > 0, one),
+        "chair_s": (wrong > 0, 1.0),
         "chair_i": (wrong_mentions, named),
         "recall": (right, there),
         "f1_objects": (2 * right, unique + there),
-        "words": (words, one),
-        "objects_per_caption": (unique, one),
+        "words": (words, 1.0),
+        "objects_per_caption": (unique, 1.0),
     }
-    parts = [
-        pd.DataFrame({"image_id": image_ids, "metric": m, "num": num.astype(float), "den": den})
-        for m, (num, den) in ratios.items()
-    ]
-    return pd.concat(parts, ignore_index=True)
-
-
-def _per_object(per_caption: pd.DataFrame, truth: Truth) -> pd.DataFrame:
-    mentioned, wrong, there = Counter(), Counter(), Counter()
-    for row in per_caption.itertuples(index=False):
-        mentioned.update(row.mentioned)
-        wrong.update(row.hallucinated)
-        there.update(truth[row.image_id])
-    names = sorted(set(mentioned) | set(there))
-    table = {"category": names} | {
-        key: [counter[name] for name in names]
-        for key, counter in (("mentioned", mentioned), ("hallucinated", wrong), ("present", there))
-    }
-    return pd.DataFrame(table)
+    return ratio_items(image_ids, ratios)
 
 
 def distinct(captions: pd.DataFrame) -> float:
@@ -154,22 +123,18 @@ def companion_share(
         hits = sum(c in called for c in row.hallucinated)
         rows.append((row.image_id, "companion_share", float(hits), float(len(row.hallucinated))))
     items = pd.DataFrame(rows, columns=["image_id", "metric", "num", "den"])
-    return items.assign(scorer=per_caption["scorer"].iloc[0]) if "scorer" in per_caption else items
+    return items.assign(scorer=per_caption["scorer"].iloc[0])
 
 
-def frequent_companions(truth: Truth, top: int = 3, source: str = "captions") -> dict[str, list[str]]:
-    """Companions learnt from the world itself: for each category the ``top`` that most often share an image with it.
+def frequent_companions(truth: Truth, top: int = 3) -> dict[str, list[str]]:
+    """Companions learnt from the world itself: for each category the ``top`` that most often stand beside it in the
+    reference captions, which is what a language model meets in training. Ties go by COCO's order.
 
-    ``source`` says what counts as sharing one: both named by the image's reference ``captions`` (what a
-    language model meets in training), both marked as ``instances``, or either (``truth``). Give the truth of
-    the training images, so that the test images do not define their own companions. Ties go by COCO's order.
+    Give the truth of the training images, so that the test images do not define their own companions.
     """
-    sources = {"captions": truth.captions, "instances": truth.instances, "truth": truth.objects}
-    if source not in sources:
-        raise DataError(f"unknown source {source!r}; choose one of {', '.join(sources)}")
-    if not sources[source]:
-        raise DataError("this truth was read without reference captions; read them too, or take source='instances'")
-    names, together = cooccurrence(sources[source])
+    if not truth.captions:
+        raise DataError("this truth was read without reference captions; read them too")
+    names, together = cooccurrence(truth.captions)
     np.fill_diagonal(together, 0)
     order = np.argsort(-together, axis=1, kind="stable")[:, :top]
     return {name: [names[j] for j in order[i] if together[i, j]] for i, name in enumerate(names)}

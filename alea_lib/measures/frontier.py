@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from alea_lib.files import DataError
 from alea_lib.stats import RESAMPLES, interval, resampled_sums
-from alea_lib.tables import DataError
 
 from .chair import chair, check_captions
 from .truth import Truth
@@ -62,15 +62,17 @@ def _cut(text: str, k: int) -> str:
 
 def drop_last_sentence(captions: pd.DataFrame) -> pd.DataFrame:
     """The control method ``truncation``: delete the last sentence of every caption that has at least two."""
-    return captions.assign(caption=[_cut(t, max(len(sentence_ends(t)) - 1, 1)) for t in captions["caption"]])
+    return captions.assign(caption=[_without_last(text) for text in captions["caption"]])
+
+
+def _without_last(text: str) -> str:
+    return _cut(text, max(len(sentence_ends(text)) - 1, 1))
 
 
 def drop_incomplete(captions: pd.DataFrame) -> pd.DataFrame:
     """Delete a last sentence that was cut off (no end mark), unless it is the only one."""
-    closed = [bool(_CLOSED.search(text)) for text in captions["caption"]]
-    shorter = drop_last_sentence(captions)["caption"]
     return captions.assign(
-        caption=[full if ok else cut_ for full, ok, cut_ in zip(captions["caption"], closed, shorter, strict=True)]
+        caption=[text if _CLOSED.search(text) else _without_last(text) for text in captions["caption"]]
     )
 
 
@@ -87,12 +89,7 @@ def under_budget(captions: pd.DataFrame, max_new_tokens: int, rule: str) -> tupl
 
 
 def frontier(
-    captions: pd.DataFrame,
-    truth: Truth,
-    family: str = "singularise",
-    n_resamples: int = RESAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
+    captions: pd.DataFrame, truth: Truth, family: str = "singularise", n_resamples: int = RESAMPLES
 ) -> pd.DataFrame:
     """The frontier's points: k, chair_s, chair_i, recall, words, each with ``_lo`` and ``_hi``; n, scorer.
 
@@ -100,13 +97,12 @@ def frontier(
     that is not defined (no object named at all) is NaN.
     """
     points = _points(check_captions(captions, truth), truth, family)
-    sums = resampled_sums(points.reshape(len(points), -1), n_resamples, seed).reshape(-1, *points.shape[1:])
-    values, resampled = _ratio(points.sum(axis=0)), _ratio(sums)
+    values, resampled = _ratio(points.sum(axis=0)), _ratio(resampled_sums(points, n_resamples))
     rows = []
     for k in range(1, points.shape[1]):
         row: dict = {"k": k}
         for j, metric in enumerate(POINT_METRICS):
-            lo, hi = interval(values[k, j], resampled[:, k, j], level)
+            lo, hi = interval(values[k, j], resampled[:, k, j])
             row |= {metric: values[k, j], f"{metric}_lo": lo, f"{metric}_hi": hi}
         rows.append(row | {"n": len(points), "scorer": family})
     return pd.DataFrame(rows)
@@ -119,18 +115,17 @@ def frontier_gap(
     family: str = "singularise",
     n_resamples: int = RESAMPLES,
     seed: int = 0,
-    level: float = 0.95,
 ) -> dict[str, float]:
     """CHAIRs of the base model cut to the method's recall, minus the method's CHAIRs: positive = better.
 
     Linear between cuts, from the empty caption (recall 0, CHAIRs 0) up, and clamped at the base model's full
     caption. Several tables (seeds of a method, of the same images) count together. Where several cuts have the same
     recall, the one with the lowest CHAIRs stands for the frontier. Paired bootstrap by image: in each resample the
-    whole frontier and the method are computed anew. Returns value, lo, hi, n (images).
+    whole frontier and the method are computed again. Returns value, lo, hi, n (images).
     """
-    given = [method_captions] if isinstance(method_captions, pd.DataFrame) else list(method_captions)
+    methods = [method_captions] if isinstance(method_captions, pd.DataFrame) else method_captions
     base, *methods = (
-        check_captions(t, truth).sort_values("image_id", ignore_index=True) for t in (base_captions, *given)
+        check_captions(t, truth).sort_values("image_id", ignore_index=True) for t in (base_captions, *methods)
     )
     for method in methods:
         if odd := sorted(set(base["image_id"]).symmetric_difference(method["image_id"])):
@@ -139,9 +134,8 @@ def frontier_gap(
             )
     own = sum(_counts(method, truth, family) for method in methods)
     stacked = np.concatenate([_points(base, truth, family), own[:, None]], axis=1)
-    sums = resampled_sums(stacked.reshape(len(stacked), -1), n_resamples, seed).reshape(-1, *stacked.shape[1:])
     value = float(_gap(_ratio(stacked.sum(axis=0))[None])[0])
-    lo, hi = interval(value, _gap(_ratio(sums)), level)
+    lo, hi = interval(value, _gap(_ratio(resampled_sums(stacked, n_resamples, seed))))
     return {"value": value, "lo": lo, "hi": hi, "n": len(base)}
 
 

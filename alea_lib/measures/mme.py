@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError, PathLike, numbered_lines, read_text
+from alea_lib.stats import ratio_items, sum_by_image
 
-from .pope import check_parser, read_answers
-from .records import PathLike, image_numbers, match, read_table
+from .records import image_numbers, match, read_table
+from .yes_no import check_parser, judged, unparsed
 
 TASKS = ("existence", "count", "position", "color")
 OTHER_TASKS = (
@@ -37,31 +37,28 @@ class MmeResult:
 
     items: pd.DataFrame
     per_question: pd.DataFrame
-    parser: str
 
 
-def read_mme(folder: PathLike, images: PathLike | None = None) -> pd.DataFrame:
+def read_mme(folder: PathLike) -> pd.DataFrame:
     """Questions of the tasks that ``folder`` holds: question_id, setting (the task), image, text, label, image_id.
 
     One folder a task; a text file an image with two lines ``question<TAB>Yes|No``, either beside the image or
-    in ``questions_answers_YN`` with the images in ``images``. ``images``: where to look for the pictures
-    otherwise (default: ``images`` beside ``folder``, as in the worlds of this study); ``image`` is the file's
-    name, or its name without ending where there is no picture, which scoring does not need. The columns are
-    those of POPE's questions, so what answers those answers these. DataError for a malformed file.
+    in ``questions_answers_YN``. Images are looked for in the task's folder and in ``images`` beside ``folder`` (as in
+    the worlds of this study); ``image`` is the file's name, or its name without ending where there is no image,
+    which scoring does not need. The columns are those of POPE's questions. DataError for a malformed file.
     """
     folder = Path(folder)
-    elsewhere = Path(images) if images is not None else folder.parent / "images"
-    pictures = _pictures(elsewhere)
-    rows = [row for task in TASKS for row in _read_task(folder / task, task, pictures)]
+    names = _image_names(folder.parent / "images")
+    rows = [row for task in TASKS for row in _read_task(folder / task, task, names)]
     if not rows:
         raise DataError(f"{folder}: no questions in it; needed is one folder a task, named {', '.join(TASKS)}")
     table = pd.DataFrame(rows, columns=["question_id", "setting", "image", "text", "label"])
-    numbers = image_numbers(_stem(name) for name in table["image"])
-    return table.assign(image_id=[numbers[_stem(name)] for name in table["image"]])
+    stems = table["image"].map(_stem)
+    return table.assign(image_id=stems.map(image_numbers(stems)))
 
 
-def _pictures(folder: Path) -> dict[str, str]:
-    """Name without ending -> file name, of the pictures in a folder and below."""
+def _image_names(folder: Path) -> dict[str, str]:
+    """Name without ending -> file name, of the images in a folder and below."""
     return {p.stem: p.name for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGES} if folder.is_dir() else {}
 
 
@@ -69,22 +66,18 @@ def _stem(name: str) -> str:
     return name[: name.rindex(".")] if name.lower().endswith(IMAGES) else name
 
 
-def _read_task(folder: Path, task: str, pictures: dict[str, str]) -> list[tuple]:
+def _read_task(folder: Path, task: str, names: dict[str, str]) -> list[tuple]:
     apart = folder / "questions_answers_YN"
-    rows, pictures = [], pictures | _pictures(folder)
+    rows, names = [], names | _image_names(folder)
     for path in sorted((apart if apart.is_dir() else folder).glob("*.txt")):
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not a text in UTF-8 ({error})") from error
+        lines = [line for _, line in numbered_lines(read_text(path))]
         if len(lines) != 2:
             raise DataError(f"{path}: {len(lines)} questions where MME has two an image")
         for index, line in enumerate(lines, 1):
-            text, tab, label = (part.strip() for part in line.rpartition("\t"))
+            text, _, label = (part.strip() for part in line.rpartition("\t"))
             if not text or label.lower() not in ("yes", "no"):
                 raise DataError(f"{path}, line {index}: not of the form question<TAB>Yes or question<TAB>No")
-            name = pictures.get(path.stem, path.stem)
-            rows.append((f"{task}/{path.stem}/{index}", task, name, text, label.lower()))
+            rows.append((f"{task}/{path.stem}/{index}", task, names.get(path.stem, path.stem), text, label.lower()))
     return rows
 
 
@@ -104,12 +97,11 @@ def _read_tool_file(path: Path) -> pd.DataFrame:
     if path.stem not in TASKS:
         raise DataError(f"{path}: the file's name must be that of its task: {', '.join(TASKS)}")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
-        if line.strip():
-            fields = line.split("\t", 3)
-            if len(fields) != 4:
-                raise DataError(f"{path}, line {number}: not of the form image<TAB>question<TAB>truth<TAB>answer")
-            rows.append((path.stem, *(f.strip() for f in fields)))
+    for number, line in numbered_lines(read_text(path)):
+        fields = line.split("\t", 3)
+        if len(fields) != 4:
+            raise DataError(f"{path}, line {number}: not of the form image<TAB>question<TAB>truth<TAB>answer")
+        rows.append((path.stem, *(f.strip() for f in fields)))
     if not rows:
         raise DataError(f"{path}: is empty")
     return pd.DataFrame(rows, columns=["task", "image", "question", "truth", "answer"])
@@ -124,29 +116,26 @@ def mme(answers: pd.DataFrame, questions: pd.DataFrame, parser: str = "mme") -> 
     unknown keys, and an answer whose ``truth`` is not that of the questions.
     """
     check_parser(parser)
-    answers = _keyed(answers.rename(columns={"setting": "task"}))
-    asked = questions.assign(task=questions["setting"], image=[_stem(name) for name in questions["image"]])
-    asked = asked.assign(
-        question=asked["text"].str.strip(), question_index=asked.groupby(["task", "image"]).cumcount() + 1
-    )
+    answers = _normalised(answers.rename(columns={"setting": "task"}))
+    asked = _normalised(questions.assign(task=questions["setting"], question=questions["text"]))
+    asked = asked.assign(question_index=asked.groupby(["task", "image"]).cumcount() + 1)
     key = _key(answers)
-    found = match(answers, asked, key, "answer")
+    found = judged(match(answers, asked, key, "answer"), "answer", parser)
     if "truth" in answers:
         _check_truth(answers.merge(asked[[*key, "label"]], on=key), key)
-    found[["said", "parsed"]] = read_answers(found["answer"], parser)
-    found["correct"] = found["said"] == found["label"]
     columns = ["question_id", "task", "image_id", "label", "answer", "said", "parsed", "correct"]
-    return MmeResult(_items(found).assign(scorer=parser), found[columns], parser)
+    return MmeResult(_items(found).assign(scorer=parser), found[columns])
 
 
-def _keyed(answers: pd.DataFrame) -> pd.DataFrame:
-    if "task" in answers:
-        answers = answers[~answers["task"].isin(OTHER_TASKS)]
-    if "image" in answers:
-        answers = answers.assign(image=[_stem(str(name)) for name in answers["image"]])
-    if "question" in answers:
-        answers = answers.assign(question=answers["question"].astype(str).str.strip())
-    return answers
+def _normalised(table: pd.DataFrame) -> pd.DataFrame:
+    """Without MME's other tasks, images without their ending, questions without blanks around them."""
+    if "task" in table:
+        table = table[~table["task"].isin(OTHER_TASKS)]
+    if "image" in table:
+        table = table.assign(image=[_stem(str(name)) for name in table["image"]])
+    if "question" in table:
+        table = table.assign(question=table["question"].astype(str).str.strip())
+    return table
 
 
 def _key(answers: pd.DataFrame) -> list[str]:
@@ -173,22 +162,18 @@ def _items(found: pd.DataFrame) -> pd.DataFrame:
     odd = pairs[pairs["size"] != 2].head(3)
     if len(odd):
         raise DataError(f"MME has two questions an image; another number (size) have {odd.to_dict('records')}")
-    parts = [_rows(found["image_id"], "unparsed", 1.0 - found["parsed"].astype(float), 1.0)]
+    parts = [ratio_items(found["image_id"], {"unparsed": unparsed(found)})]
     tasks = [task for task in TASKS if task in set(pairs["task"])]
     for task in tasks:
         own = pairs[pairs["task"] == task]
         right, both = own["sum"].to_numpy(float), (own["sum"] == 2).to_numpy(float)
         points = POINTS * (right / 2 + both)
-        parts += [
-            _rows(own["image_id"], f"mme_{task}", points, 1.0),
-            _rows(own["image_id"], f"mme_{task}_accuracy", right, 2.0),
-            _rows(own["image_id"], f"mme_{task}_accuracy_plus", both, 1.0),
-        ]
+        ratios = {
+            f"mme_{task}": (points, 1.0),
+            f"mme_{task}_accuracy": (right, 2.0),
+            f"mme_{task}_accuracy_plus": (both, 1.0),
+        }
         if len(tasks) == len(TASKS):
-            parts.append(_rows(own["image_id"], f"mme_total|{task}", points, 1.0))
-    items = pd.concat(parts, ignore_index=True)
-    return items.groupby(["metric", "image_id"], sort=False, as_index=False).sum()[["image_id", "metric", "num", "den"]]
-
-
-def _rows(image_ids: pd.Series, metric: str, num: np.ndarray | pd.Series, den: float) -> pd.DataFrame:
-    return pd.DataFrame({"image_id": image_ids.to_numpy(), "metric": metric, "num": np.asarray(num, float), "den": den})
+            ratios[f"mme_total|{task}"] = (points, 1.0)
+        parts.append(ratio_items(own["image_id"], ratios))
+    return sum_by_image(pd.concat(parts, ignore_index=True))

@@ -10,15 +10,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from alea_lib.tables import DataError, replacing
+from alea_lib.files import DataError, PathLike, read_json, write_text
 from alea_lib.worlds.lexicon import load_lexicon
 
-from .mme import TASKS
 from .pope_make import existence_question
-from .records import PathLike, read_json
 from .truth import Truth
 
 COLUMNS = 3  # left, middle, right
+Asked = tuple[str, str]  # the question whose answer is yes, the one whose answer is no
 
 
 def count_question(category: str) -> str:
@@ -54,7 +53,7 @@ class Facts:
 
 def read_facts(instances_json: PathLike) -> list[Facts]:
     """The facts of every image of a COCO instances file, by id."""
-    data = read_json(instances_json, dict)
+    data = read_json(instances_json)
     try:
         names = {c["id"]: c["name"] for c in data["categories"]}
         boxes: dict[int, list] = {image["id"]: [] for image in data["images"]}
@@ -75,58 +74,66 @@ def _facts(image: dict, marked: list[tuple]) -> Facts:
     return Facts(image["id"], image.get("file_name", ""), dict(counts), columns, image.get("background", ""))
 
 
-Asked = tuple[str, str]  # the question whose answer is yes, the one whose answer is no
+@dataclass(frozen=True)
+class Askable:
+    """What questions are made from. ``facts``: those of the images with ground truth. ``objects``: the categories that
+    may be asked for. ``colours``: those of the ground that occur, in alphabetical order."""
+
+    truth: Truth
+    facts: list[Facts]
+    objects: list[str]
+    colours: list[str]
+    wording: Wording
 
 
-def existence(facts: Facts, truth: Truth, objects: Sequence[str], wording: Wording, rng) -> Asked | None:
+def read_askable(truth: Truth, instances_json: PathLike, objects: Sequence[str] | None, wording: Wording) -> Askable:
+    """The facts of a COCO instances file, as far as there is ground truth; ``objects``: None for all that occur."""
+    facts = [f for f in read_facts(instances_json) if f.image_id in truth]
+    objects = [c for c in truth.categories if objects is None or c in set(objects)]
+    return Askable(truth, facts, objects, sorted({f.colour for f in facts} - {""}), wording)
+
+
+def existence(world: Askable, facts: Facts, rng) -> Asked | None:
     """An object that is marked, and one that neither an instance nor a reference caption shows."""
-    there = [c for c in objects if c in facts.counts]
-    absent = [c for c in objects if c not in truth[facts.image_id]]
-    return (wording.existence(_pick(rng, there)), wording.existence(_pick(rng, absent))) if there and absent else None
+    there = [c for c in world.objects if c in facts.counts]
+    absent = [c for c in world.objects if c not in world.truth[facts.image_id]]
+    return _two(world.wording.existence, there, absent, rng)
 
 
-def count(facts: Facts, objects: Sequence[str], wording: Wording, rng) -> Asked | None:
+def count(world: Askable, facts: Facts, rng) -> Asked | None:
     """A category that is there twice, and one that is there once."""
-    twice = [c for c in objects if facts.counts.get(c) == 2]
-    once = [c for c in objects if facts.counts.get(c) == 1]
-    return (wording.count(_pick(rng, twice)), wording.count(_pick(rng, once))) if twice and once else None
+    twice, once = ([c for c in world.objects if facts.counts.get(c) == n] for n in (2, 1))
+    return _two(world.wording.count, twice, once, rng)
 
 
-def side(facts: Facts, objects: Sequence[str], wording: Wording, rng) -> Asked | None:
+def side(world: Askable, facts: Facts, rng) -> Asked | None:
     """The true and a false side of a category that is there once."""
-    single = [c for c in objects if c in facts.columns]
-    if not single or wording.side is None:
+    single = [c for c in world.objects if c in facts.columns]
+    if not single or world.wording.side is None:
         return None
     chosen = _pick(rng, single)
     true = facts.columns[chosen]
     false = _pick(rng, [c for c in range(COLUMNS) if c != true])
-    return wording.side(chosen, true), wording.side(chosen, false)
+    return world.wording.side(chosen, true), world.wording.side(chosen, false)
 
 
-def colour(facts: Facts, colours: Sequence[str], wording: Wording, rng) -> Asked | None:
+def colour(world: Askable, facts: Facts, rng) -> Asked | None:
     """The ground's colour, and another one of the world."""
-    others = [c for c in colours if c != facts.colour]
-    if not facts.colour or not others or wording.colour is None:
+    others = [c for c in world.colours if c != facts.colour]
+    if not facts.colour or not others or world.wording.colour is None:
         return None
-    return wording.colour(facts.colour), wording.colour(_pick(rng, others))
+    return world.wording.colour(facts.colour), world.wording.colour(_pick(rng, others))
+
+
+def _two(question: Callable[[str], str], right: Sequence[str], wrong: Sequence[str], rng) -> Asked | None:
+    return (question(_pick(rng, right)), question(_pick(rng, wrong))) if right and wrong else None
 
 
 def _pick(rng: np.random.Generator, values: Sequence):
     return values[int(rng.integers(len(values)))]
 
 
-def colours_of(world: list[Facts]) -> list[str]:
-    """The ground's colours that occur, in alphabetical order."""
-    return sorted({f.colour for f in world} - {""})
-
-
-def ask(task: str, facts: Facts, truth: Truth, objects, colours, wording: Wording, rng) -> Asked | None:
-    """The two questions of a task about an image, or None where the image does not allow them."""
-    if task == "existence":
-        return existence(facts, truth, objects, wording, rng)
-    if task == "color":
-        return colour(facts, colours, wording, rng)
-    return (count if task == "count" else side)(facts, objects, wording, rng)
+QUESTIONS = {"existence": existence, "count": count, "position": side, "color": colour}  # by MME's tasks
 
 
 def make_mme(
@@ -143,21 +150,15 @@ def make_mme(
     the categories that may be asked for (default: all that occur). A task that no image allows is left out;
     DataError when none is left.
     """
-    world = [f for f in read_facts(instances_json) if f.image_id in truth]
-    colours = colours_of(world)
-    objects = [c for c in truth.categories if objects is None or c in set(objects)]
+    world = read_askable(truth, instances_json, objects, wording)
     rows = []
-    for number, task in enumerate(TASKS):
-        asked = {}
-        for f in world:
-            rng = np.random.default_rng([seed, number, f.image_id])
-            if (pair := ask(task, f, truth, objects, colours, wording, rng)) is not None:
-                asked[f.image_id] = (f.file_name, pair)
-        ids = list(asked)
-        chosen = np.random.default_rng([seed, number]).permutation(len(ids))[:n_images]
-        for i in sorted(ids[k] for k in chosen):
-            name, pair = asked[i]
-            rows += [(task, name, text, label, i) for text, label in zip(pair, ("yes", "no"), strict=True)]
+    for number, (task, ask) in enumerate(QUESTIONS.items()):
+        asked = [(f, ask(world, f, np.random.default_rng([seed, number, f.image_id]))) for f in world.facts]
+        asked = [(f, pair) for f, pair in asked if pair is not None]
+        chosen = np.random.default_rng([seed, number]).permutation(len(asked))[:n_images]
+        for k in sorted(chosen):  # by image id, as the facts are
+            f, pair = asked[k]
+            rows += [(task, f.file_name, text, label, f.image_id) for text, label in zip(pair, ("yes", "no"))]
     if not rows:
         raise DataError(f"{instances_json}: no image allows a question; are there objects in it?")
     return pd.DataFrame(rows, columns=["task", "image", "text", "label", "image_id"])
@@ -166,6 +167,5 @@ def make_mme(
 def write_mme(questions: pd.DataFrame, folder: PathLike) -> None:
     """Write questions in MME's format: one folder a task, a text file an image, named as the image."""
     for (task, image), pair in questions.groupby(["task", "image"], sort=False):
-        lines = [f"{text}\t{label.capitalize()}\n" for text, label in zip(pair["text"], pair["label"], strict=True)]
-        with replacing(Path(folder) / task / f"{Path(image).stem}.txt") as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8", newline="\n")
+        lines = [f"{text}\t{label.capitalize()}\n" for text, label in zip(pair["text"], pair["label"])]
+        write_text(Path(folder) / task / f"{Path(image).stem}.txt", "".join(lines))

@@ -11,7 +11,9 @@ lexicon, map each to its COCO category. The families differ in how a word is bro
                  a chair, "tied" a tie), which is what lemmatising scorers do. A table of verb forms made by
                  the rules of English spelling, no WordNet: it needs no corpus, and stands in for WordNet on
                  these verbs only.
-``strict``       singularise without the known traps: see ``alea_lib.measures.strict``.
+``strict``       singularise without the known traps: the lexicon's longer list of phrases ("car seat"), and no
+                 colour or adjective ("an orange bus"), verb ("ties his shoes") or denial ("no people"). The rules
+                 look at one or two neighbouring words and know no grammar; where in doubt the word counts.
 """
 
 from __future__ import annotations
@@ -19,16 +21,18 @@ from __future__ import annotations
 import functools
 import re
 import unicodedata
+from collections.abc import Container
 from typing import NamedTuple
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError
 from alea_lib.worlds.lexicon import load_lexicon
 
 FAMILIES = ("singularise", "official", "lemma", "strict")
-_TOKEN = re.compile(r"[^\W_]+(?:[-\u2010\u2011][^\W_]+)*")
+TOKEN = re.compile(r"[^\W_]+(?:[-\u2010\u2011][^\W_]+)*")
 _WORD = re.compile(r"[^\W_]+(?:[-\u2010\u2011'\u2019][^\W_]+)*")
-_HYPHEN = re.compile(r"[-\u2010\u2011]")
+HYPHEN = re.compile(r"[-\u2010\u2011]")
 _SENTENCE_END = re.compile(r"[.!?\n]")
+_UNDOUBLED = frozenset({"bottle", "mother", "father", "monitor", "pilot"})
 
 
 class Mention(NamedTuple):
@@ -47,19 +51,27 @@ def mentions(caption: str, family: str = "singularise") -> list[Mention]:
     """
     if not isinstance(caption, str):
         raise DataError(f"a caption must be text, got {caption!r}; write '' for a model that said nothing")
-    parser = _parser(family)
-    found = parser.merge(caption, parser.known_tokens(caption))
-    found = _drop_toilet_seats(caption, found, whole=family == "official")
-    if family == "strict":
-        from .strict import plainly_named
-
-        found = [m for m in found if plainly_named(caption, m)]
-    return found
+    found = _drop_toilet_seats(caption, _parser(family).mentions(caption), whole=family == "official")
+    return [m for m in found if _plainly_named(caption, m)] if family == "strict" else found
 
 
 def count_words(caption: str) -> int:
     """Length in words; a hyphenated or apostrophised word is one, punctuation is none."""
     return len(_WORD.findall(caption))
+
+
+def merged(text: str, tokens: list[tuple[str, int, int]], pairs: Container) -> list[tuple[str, int, int]]:
+    """Tokens (word, start, end), of which two that make a pair are one: "hot dog". Greedily from the left, and only
+    where nothing but blanks stands between them."""
+    out, i = [], 0
+    while i < len(tokens):
+        token, i = tokens[i], i + 1
+        if i < len(tokens):
+            second, start, end = tokens[i]
+            if (token[0], second) in pairs and not text[token[2] : start].strip(" \t"):
+                token, i = (f"{token[0]} {second}", token[1], end), i + 1
+        out.append(token)
+    return out
 
 
 class _Parser:
@@ -71,9 +83,10 @@ class _Parser:
         self.phrases = dict(lexicon.phrases["every"])
         if family == "strict":
             self.phrases.update(lexicon.phrases["strict"])
-        self.singular = _textblob_singular if family == "official" else _inflect_singular
+        self.singular = _textblob_singular if family == "official" else singular
         if family == "official":  # the unguarded singulariser also changes words inside phrases: "wine glas"
             self.phrases |= {(self.singular(a), self.singular(b)): c for (a, b), c in self.phrases.items()}
+        self.named = self.words | {" ".join(pair): category for pair, category in self.phrases.items()}
         self.parts = {part for pair in self.phrases for part in pair}
         self.forms = _verb_forms(lexicon.verbs) if family == "lemma" else {}
         self.base: dict[str, str] = {}
@@ -81,7 +94,7 @@ class _Parser:
     def known_tokens(self, caption: str) -> list[tuple[str, int, int]]:
         """(base form, start, end) of the tokens that can be an object or a part of one."""
         base, out = self.base, []
-        for match in _TOKEN.finditer(caption):
+        for match in TOKEN.finditer(caption):
             token = match.group()
             word = base.get(token)
             if word is None:
@@ -93,8 +106,8 @@ class _Parser:
     def _base_form(self, token: str) -> str:
         """Base form of a token; empty when no object and no phrase holds it."""
         word = unicodedata.normalize("NFKC", token).lower()
-        if _HYPHEN.search(word):
-            return "" if self.family == "official" else self._compound(_HYPHEN.split(word))
+        if HYPHEN.search(word):
+            return "" if self.family == "official" else self._compound(HYPHEN.split(word))
         word = self._singular_word(word)
         return word if word in self.words or word in self.parts else ""
 
@@ -113,23 +126,10 @@ class _Parser:
                 return joined
         return ""
 
-    def merge(self, caption: str, tokens: list[tuple[str, int, int]]) -> list[Mention]:
-        """Mentions, two-word phrases first; words merge only when nothing but blanks stands between them."""
-        out, i = [], 0
-        while i < len(tokens):
-            word, start, end = tokens[i]
-            if i + 1 < len(tokens):
-                second, start2, end2 = tokens[i + 1]
-                pair = (word, second)
-                if pair in self.phrases and caption[end:start2].strip(" \t") == "":
-                    if self.phrases[pair]:
-                        out.append(Mention(self.phrases[pair], f"{word} {second}", start, end2))
-                    i += 2
-                    continue
-            if word in self.words:
-                out.append(Mention(self.words[word], word, start, end))
-            i += 1
-        return out
+    def mentions(self, caption: str) -> list[Mention]:
+        """The objects named, before context is looked at."""
+        words = merged(caption, self.known_tokens(caption), self.phrases)
+        return [Mention(self.named[w], w, start, end) for w, start, end in words if self.named.get(w)]
 
 
 @functools.cache
@@ -147,7 +147,8 @@ def _inflect_engine():
 
 
 @functools.cache
-def _inflect_singular(word: str) -> str:
+def singular(word: str) -> str:
+    """The singular of a noun by inflect; a word that is none stays as it is."""
     return _inflect_engine().singular_noun(word) or word
 
 
@@ -158,6 +159,12 @@ def _textblob_singular(word: str) -> str:
     except ImportError as error:
         raise DataError("the family 'official' needs TextBlob: pip install textblob") from error
     return singularize(word)
+
+
+def forget() -> None:
+    """Empty the tables of words met so far, so that every family is timed from the same start."""
+    for table in (_parser, singular, _textblob_singular):
+        table.cache_clear()
 
 
 def _verb_forms(verbs: frozenset[str]) -> dict[str, str]:
@@ -173,9 +180,6 @@ def _verb_forms(verbs: frozenset[str]) -> dict[str, str]:
     return {form: verb for form, verb in forms.items() if form not in load_lexicon().word_to_category}
 
 
-_UNDOUBLED = frozenset({"bottle", "mother", "father", "monitor", "pilot"})
-
-
 def _drop_toilet_seats(caption: str, found: list[Mention], whole: bool) -> list[Mention]:
     """Drop every "seat" named with a toilet, in the same sentence or (``whole``) in the same caption."""
     toilets = [m.start for m in found if m.category == "toilet"]
@@ -186,3 +190,76 @@ def _drop_toilet_seats(caption: str, found: list[Mention], whole: bool) -> list[
         return whole or not _SENTENCE_END.search(caption, min(a, b), max(a, b))
 
     return [m for m in found if m.word != "seat" or not any(together(m.start, t) for t in toilets)]
+
+
+# ---- the family `strict`: is a word that may be an object plainly used as one?
+
+_BEFORE = re.compile(r"([^\W_]+)?([^\w]*)$")
+_AFTER = re.compile(r"([^\w]*)([^\W_]+)?")
+_COLOURS = frozenset("black white red blue green yellow brown grey gray pink purple orange silver gold".split())
+_FUNCTION_WORDS = frozenset(
+    "and or nor but is are was were has have had sits sit lies lie stands stand rests hangs in on at by "
+    "of to from for with without near next beside behind under over above below between against that "
+    "which who while as along among around inside outside there then it also too here placed sitting "
+    "lying".split()
+)
+_DETERMINERS = frozenset(
+    "a an the one this that another each every some any single half whole fresh ripe peeled sliced".split()
+)
+_PIECES = re.compile(r"\b(?:slices?|pieces?|segments?|wedges?|halves|half|peel)\s+of\s+$", re.I)
+_AUXILIARIES = frozenset("to can could will would must should may might cannot".split())
+_OBJECT_MARKS = frozenset("a an the his her its their my your our him them it up down off across".split())
+_DENIAL = re.compile(r"\b(?:no|without(?:\s+(?:a|an|any|the))?)\s+$", re.I)
+
+
+def _plainly_named(caption: str, mention: Mention) -> bool:
+    """False when the mention is an adjective, a verb or a denial rather than an object that is there."""
+    if _DENIAL.search(caption, max(0, mention.start - 16), mention.start):
+        return False
+    surface = caption[mention.start : mention.end].lower()
+    if surface == "orange":
+        return _is_fruit(caption, mention)
+    if surface == "remote":
+        return _noun_follows_not(caption, mention)
+    if mention.word in load_lexicon().verbs or mention.word == "skis":
+        return not _is_verb(caption, mention, surface)
+    return True
+
+
+def _neighbours(caption: str, m: Mention) -> tuple[str, str, str, str]:
+    """Word before, what stands between, what stands between, word after; words in lower case."""
+    before = _BEFORE.search(caption, max(0, m.start - 40), m.start)
+    after = _AFTER.match(caption, m.end)
+    word_before, word_after = before.group(1) or "", after.group(2) or ""
+    return word_before.lower(), before.group(2), after.group(1), word_after.lower()
+
+
+def _noun_follows_not(caption: str, m: Mention) -> bool:
+    """True at the end of a phrase: punctuation, a function word or nothing comes next."""
+    _, _, gap, word = _neighbours(caption, m)
+    return not word or bool(gap.strip()) or word in _FUNCTION_WORDS
+
+
+def _is_fruit(caption: str, m: Mention) -> bool:
+    """'an orange', 'slices of orange', 'apple, orange and pear'; not 'orange and black', 'painted orange'."""
+    if not _noun_follows_not(caption, m):
+        return False
+    if _PIECES.search(caption, max(0, m.start - 24), m.start):
+        return True
+    before, gap_before, gap_after, after = _neighbours(caption, m)
+    listed = "," in gap_before or before in ("and", "or")
+    beside = re.findall(r"[^\W_]+", caption[max(0, m.start - 20) : m.start].lower())[-2:]
+    beyond = re.findall(r"[^\W_]+", caption[m.end : m.end + 20].lower())[:2]
+    if (listed and _COLOURS & set(beside)) or (after in ("and", "or") and _COLOURS & set(beyond)):
+        return False
+    return listed or before in _DETERMINERS
+
+
+def _is_verb(caption: str, m: Mention, surface: str) -> bool:
+    """'to train', 'can book'; or an -s form before an object or a direction: 'ties his', 'skis down'."""
+    before, gap_before, gap_after, after = _neighbours(caption, m)
+    goes_on = gap_after.isspace() and bool(after) and after not in _FUNCTION_WORDS
+    if gap_before.isspace() and before in _AUXILIARIES and surface == m.word:
+        return before != "to" or goes_on  # "next to a bench", "close to train and bus" are no verbs
+    third_person = surface != m.word or surface == "skis"
+    return third_person and surface.endswith("s") and gap_after.isspace() and after in _OBJECT_MARKS

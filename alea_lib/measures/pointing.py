@@ -6,19 +6,19 @@ that calls for it: whether a wrong word, too, hangs on something in the picture.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
+from alea_lib.files import PathLike, read_json
+
 METRICS = ("point_effect", "point_attention", "point_chance")
 
 
-def boxes(instances_json: Path | str) -> dict[tuple[int, str], list[tuple[float, float, float, float]]]:
+def boxes(instances_json: PathLike) -> dict[tuple[int, str], list[tuple[float, float, float, float]]]:
     """(image_id, category) -> boxes (left, top, right, bottom) as shares of width and height, from a COCO file."""
-    data = json.loads(Path(instances_json).read_text(encoding="utf-8"))
+    data = read_json(instances_json)
     names = {c["id"]: c["name"] for c in data["categories"]}
     size = {i["id"]: (i["width"], i["height"]) for i in data["images"]}
     found: dict = {}
@@ -29,7 +29,7 @@ def boxes(instances_json: Path | str) -> dict[tuple[int, str], list[tuple[float,
     return found
 
 
-def pointing(maps: pd.DataFrame, instances_json: Path | str, companions: Mapping[str, str], block: int) -> pd.DataFrame:
+def pointing(maps: pd.DataFrame, instances_json: PathLike, companions: Mapping[str, str], block: int) -> pd.DataFrame:
     """Items setting, image_id, metric, num, den: hits over words, for ``alea_lib.stats``.
 
     ``maps``: as of :func:`alea_lib.patch_maps`, with effects of squares of ``block`` x ``block`` patches; attention is

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pandas as pd
 
-from alea_lib.tables import DataError
+from alea_lib.files import DataError
 
 from .chair import cooccurrence
 from .truth import Truth

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.tables import DataError, read_jsonl
+from alea_lib.files import DataError, PathLike, read_jsonl, read_text
 
-PathLike = str | os.PathLike
 _LAST_NUMBER = re.compile(r"(\d+)(?:\.\w+)?$")
 
 
@@ -21,19 +18,15 @@ def read_records(path: PathLike, columns: tuple[str, ...] = ()) -> list[dict]:
 
     DataError for an empty or malformed file, and for a record that lacks one of ``columns``, by its number.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        records = _records(path, text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text in UTF-8 ({error}); save it as UTF-8") from error
+    records, needed = _records(path, read_text(path)), " and ".join(columns)
     if not records:
-        raise DataError(f"{path}: is empty; needed are records with {_listed(columns) or 'content'}")
+        raise DataError(f"{path}: is empty; needed are records with {needed or 'content'}")
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise DataError(f"{path}, record {number}: not a JSON object but {str(record)[:40]!r}")
         missing = [c for c in columns if c not in record]
         if missing:
-            raise DataError(f"{path}, record {number}: lacks {missing}; each record needs {_listed(columns)}")
+            raise DataError(f"{path}, record {number}: lacks {missing}; each record needs {needed}")
     return records
 
 
@@ -46,23 +39,18 @@ def _records(path: PathLike, text: str) -> list:
         if text.lstrip().startswith("["):
             raise DataError(f"{path}: not valid JSON ({error}); is the file cut short?") from error
         return read_jsonl(path)
-    if isinstance(data, dict):
-        return data["annotations"] if isinstance(data.get("annotations"), list) else [data]
+    if isinstance(data, dict) and isinstance(data.get("annotations"), list):
+        return data["annotations"]
     return data if isinstance(data, list) else [data]
-
-
-def _listed(columns: tuple[str, ...]) -> str:
-    return " and ".join(columns)
 
 
 def read_table(path: PathLike, columns: tuple[str, ...]) -> pd.DataFrame:
     """The records as a table that has these columns."""
     table = pd.DataFrame(read_records(path, columns))
-    for column in ("image_id", "question_id", "id"):
-        if column in columns:
-            bad = [x for x in table[column] if not isinstance(x, (int, str)) or isinstance(x, bool)]
-            if bad:
-                raise DataError(f"{path}: {column} must be a number or a text, got {str(bad[0])[:40]}")
+    for column in {"image_id", "question_id", "id"}.intersection(columns):
+        bad = [x for x in table[column] if not isinstance(x, (int, str)) or isinstance(x, bool)]
+        if bad:
+            raise DataError(f"{path}: {column} must be a number or a text, got {str(bad[0])[:40]}")
     return table
 
 
@@ -74,19 +62,6 @@ def image_numbers(names: Iterable[str]) -> dict[str, int]:
     if len(set(numbers)) < len(distinct):
         numbers = list(range(1, len(distinct) + 1))
     return dict(zip(distinct, numbers, strict=True))
-
-
-def read_json(path: PathLike, kind: type):
-    """The content of a JSON file that must be a list or a dict (``kind``); DataError when it is not."""
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); a cut file must be downloaded or written again") from error
-    if not isinstance(data, kind):
-        raise DataError(
-            f"{path}: holds a {type(data).__name__} where a {kind.__name__} is needed; is it the right file?"
-        )
-    return data
 
 
 def match(answers: pd.DataFrame, questions: pd.DataFrame, key: list[str], value: str) -> pd.DataFrame:

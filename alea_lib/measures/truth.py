@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alea_lib.tables import DataError, replacing
+from alea_lib.files import DataError, PathLike, hash_of, read_json, sha256, write_json
 from alea_lib.worlds.lexicon import LEXICON_FILE, load_lexicon
 
 from .parse import mentions
-
-PathLike = str | os.PathLike
 
 
 @dataclass(frozen=True)
@@ -75,33 +70,30 @@ def read_truth(
     the parser. DataError for a damaged file, a category that COCO lacks, and an image without reference
     captions.
     """
-    paths = [Path(p) for p in (instances_json, captions_json) if p is not None]
-    kept = Path(cache) / f"truth-{_fingerprint(paths, family)}.json" if cache is not None else None
-    if kept is not None and kept.exists():
-        truth = _load(kept, family)
-        if truth is not None:
+    kept = None
+    if cache is not None:
+        sources = [p for p in (instances_json, captions_json) if p is not None]
+        kept = Path(cache) / f"truth-{_fingerprint(sources, family)}.json"
+        if kept.exists() and (truth := _load(kept, family)) is not None:
             return truth
-    instances, file_names = _read_instances(paths[0])
-    captions = {} if captions_json is None else _read_captions(paths[1], instances, family)
+    instances, file_names = _read_instances(instances_json)
+    captions = {} if captions_json is None else _read_captions(captions_json, instances, family)
     truth = Truth(instances, captions, file_names, family)
     if kept is not None:
         _save(truth, kept)
     return truth
 
 
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict:
-    try:
-        data = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); a cut file must be downloaded or written again") from error
-    missing = [k for k in keys if not isinstance(data, dict) or not isinstance(data.get(k), list)]
+def _read_coco(path: PathLike, keys: tuple[str, ...]) -> dict:
+    data = read_json(path)
+    missing = [k for k in keys if not isinstance(data.get(k), list)]
     if missing:
         raise DataError(f"{path}: no list {missing} in it; this is not a COCO file of that kind")
     return data
 
 
-def _read_instances(path: Path) -> tuple[dict[int, frozenset[str]], dict[int, str]]:
-    data = _read_json(path, ("images", "annotations", "categories"))
+def _read_instances(path: PathLike) -> tuple[dict[int, frozenset[str]], dict[int, str]]:
+    data = _read_coco(path, ("images", "annotations", "categories"))
     names = _category_names(path, data["categories"])
     try:
         file_names = {image["id"]: image.get("file_name", "") for image in data["images"]}
@@ -118,7 +110,7 @@ def _read_instances(path: Path) -> tuple[dict[int, frozenset[str]], dict[int, st
     return {i: frozenset(objects) for i, objects in there.items()}, file_names
 
 
-def _category_names(path: Path, categories: list[dict]) -> dict[int, str]:
+def _category_names(path: PathLike, categories: list[dict]) -> dict[int, str]:
     """Category id to name, as the file says; every name and id must be COCO's."""
     ids = load_lexicon().category_ids
     names = {c.get("id"): c.get("name") for c in categories}
@@ -128,8 +120,8 @@ def _category_names(path: Path, categories: list[dict]) -> dict[int, str]:
     return names
 
 
-def _read_captions(path: Path, images: dict[int, frozenset], family: str) -> dict[int, frozenset[str]]:
-    data = _read_json(path, ("annotations",))
+def _read_captions(path: PathLike, images: dict[int, frozenset], family: str) -> dict[int, frozenset[str]]:
+    data = _read_coco(path, ("annotations",))
     named: dict[int, set[str]] = {}
     try:
         for annotation in data["annotations"]:
@@ -146,32 +138,23 @@ def _read_captions(path: Path, images: dict[int, frozenset], family: str) -> dic
     return {i: frozenset(named[i]) for i in images}
 
 
-def _fingerprint(paths: list[Path], family: str) -> str:
-    digest = hashlib.sha256(family.encode())
-    here = Path(__file__).parent
-    for path in [*paths, LEXICON_FILE, here / "parse.py", here / "strict.py", here / "truth.py"]:
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:32]
+def _fingerprint(sources: list[PathLike], family: str) -> str:
+    code = [LEXICON_FILE, Path(__file__).with_name("parse.py"), Path(__file__)]
+    return hash_of([family, *(sha256(path) for path in [*sources, *code])])[:32]
 
 
 def _save(truth: Truth, path: Path) -> None:
-    rows = [
-        [
-            i,
-            truth.file_names[i],
-            sorted(truth.instances[i]),
-            sorted(truth.captions[i]) if truth.captions else None,
-        ]
-        for i in truth.instances
-    ]
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(rows), encoding="utf-8")
+    def row(i: int) -> list:
+        captions = sorted(truth.captions[i]) if truth.captions else None
+        return [i, truth.file_names[i], sorted(truth.instances[i]), captions]
+
+    write_json(path, [row(i) for i in truth.instances], indent=None)
 
 
 def _load(path: Path, family: str) -> Truth | None:
-    """What ``_save`` kept, or None when the file is damaged: it is then made anew."""
+    """What ``_save`` kept, or None when the file is damaged."""
     try:
-        rows = json.loads(path.read_bytes())
+        rows = read_json(path, list)
         captions = {i: frozenset(named) for i, _, _, named in rows if named is not None}
         instances = {i: frozenset(objects) for i, _, objects, _ in rows}
         return Truth(instances, captions, {i: name for i, name, _, _ in rows}, family)

@@ -34,6 +34,7 @@ import pandas as pd
 import torch
 
 from ..edit.delta import Delta
+from ..tables import declare_method
 from ..vlm import VLM
 
 KINDS = ("decoding", "delta", "prompt", "after")
@@ -139,6 +140,7 @@ def register(row: Baseline) -> Baseline:
         raise ValueError(f"there is a baseline {row.name!r} already")
     for changes in row.grid:
         row.changed(**changes)
+    declare_method(row.name)  # rows of metrics.csv may bear it
     ROWS[row.name] = row
     return row
 

@@ -60,7 +60,7 @@ def _write(name: str, table: pd.DataFrame, path: Path) -> None:
     if name != "metrics":
         return write_csv(table, path)
     try:
-        write_metrics(table, path)
+        write_metrics(table, path, declared_only=False)  # each stage has checked its own methods
     except ValueError as error:
         raise RunError(f"the stages' scores do not make one table: {error}") from error
 

@@ -1,6 +1,5 @@
 """One run of one stage: its parameters, what it read, what it wrote, and the record that says it finished."""
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 
 import pandas as pd
 
+from alea_lib.files import hash_of, sha256, write_json
 from alea_lib.runs import places, rows
 from alea_lib.runs.places import MissingStage, RunError
 
@@ -22,35 +22,9 @@ from alea_lib.runs.places import MissingStage, RunError
 UNSTABLE = ("run.json", "*.ipynb", "scores.csv", "notes.csv", "localisation.csv", "timing*", "*.log", "checkpoint*")
 
 
-def sha256(path: Path) -> str:
-    """Content hash of a file, or of a folder's files with their names."""
-    digest = hashlib.sha256()
-    path = Path(path)
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()} {sha256(file)}\n".encode())
-        return digest.hexdigest()
-    with path.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def hash_of(value) -> str:
-    """Hash of plain data, the same whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
-
-
 def read_record(folder: Path) -> dict:
     """The run.json of a finished run."""
     return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, value) -> None:
-    """Write JSON so that the file is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(partial, path)
 
 
 def begin(stage: str, profile: str, variant: str = "", **params) -> "Run":
