@@ -56,7 +56,7 @@ def published_baselines(run, folder: str) -> pd.DataFrame:
 
 def baselines_of_study(run, folder: str) -> pd.DataFrame:
     """What the profile's own notebook 07 found, if it has one, then the published rows."""
-    live, full = read_csv(run.results() / "rivals.csv"), published_baselines(run, folder)
+    live, full = read_csv(run.uses(run.results() / "rivals.csv")), published_baselines(run, folder)
     if "method" not in live:
         return full
     return pd.concat([live.assign(source=run.profile), full], ignore_index=True)[full.columns]

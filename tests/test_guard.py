@@ -7,7 +7,7 @@ import pytest
 import toy
 
 from alea_lib.runs import RunError, book, guard
-from alea_lib.runs.imports import source_hashes, sources_id
+from alea_lib.runs.imports import Sources, source_hashes, sources_id
 
 FIGURE = {
     "mystnb": {"figure": {"name": "fig-x", "caption": "What it shows."}, "image": {"alt": "A line that rises."}},
@@ -42,8 +42,8 @@ def faults(tmp_path):
 
     def find(spoil=lambda page, made, record: None):
         made = source()
-        page, record, today = executed(made), {"sources": {"notebooks/01_x.ipynb": "a", "alea_lib/x.py": "b"}}, {}
-        today |= record["sources"]
+        today = Sources({"notebooks/01_x.ipynb": "a", "alea_lib/x.py": "b"}, {"alea_lib/figures.py": "c"})
+        page, record = executed(made), {"sources": today.numbers, "page_sources": today.page}
         spoil(page, made, record)
         for name, content in (("page", page), ("01_x", made)):
             (tmp_path / f"{name}.ipynb").write_text(json.dumps(content))
@@ -73,12 +73,10 @@ def test_a_cell_that_was_not_executed_is_a_fault(faults):
 @pytest.mark.parametrize("what", ["name", "caption", "alt"])
 def test_a_mute_figure_is_a_fault(faults, what):
     def spoil(page, made, record):
-        for notebook, index in ((page, 4), (made, 3)):
-            shown = notebook["cells"][index]["metadata"]["mystnb"]
-            shown["image" if what == "alt" else "figure"][what] = " "
+        made["cells"][3]["metadata"]["mystnb"]["image" if what == "alt" else "figure"][what] = " "
 
     (fault,) = faults(spoil)
-    assert f"figure without {what} in cell 4" in fault
+    assert f"figure without {what} in cell 3" in fault
 
 
 def test_a_long_cell_is_a_fault_and_imports_do_not_count(faults):
@@ -102,19 +100,38 @@ def test_parameters_may_be_many(faults):
     assert faults(spoil) == []
 
 
-@pytest.mark.parametrize("where", ["code", "text", "caption", "more"])
-def test_a_page_whose_source_has_changed_is_stale(faults, where):
+def test_a_page_whose_source_has_changed_is_stale(faults):
     def spoil(page, made, record):
-        if where == "code":
-            made["cells"][2]["source"] += "\nprint(2)"
-        elif where == "text":
-            made["cells"][0]["source"] = "# Another claim"
-        elif where == "caption":
-            made["cells"][3]["metadata"]["mystnb"]["figure"]["caption"] = "What it does not show."
-        else:
-            made["cells"].append({"cell_type": "markdown", "id": "m", "metadata": {}, "source": "More."})
+        made["cells"][2]["source"] += "\nprint(2)"
 
     assert faults(spoil) == ["notebooks/01_x.ipynb is stale: its source has changed since it was executed"]
+
+
+def reworded(made: dict) -> dict:
+    """Other words, captions and comments around the same code, and cells that compute nothing."""
+    made = json.loads(json.dumps(made))
+    made["cells"][0]["source"] = "# Another claim"
+    made["cells"][2]["source"] = "import os  # a comment\n\nprint( A )"
+    made["cells"][3]["metadata"]["mystnb"]["figure"]["caption"] = "What it does not show."
+    colab = {"cell_type": "code", "id": "x-colab", "metadata": {"tags": ["remove-cell"]}, "source": "1", "outputs": []}
+    made["cells"].insert(1, {**colab, "execution_count": None})
+    made["cells"].append({"cell_type": "markdown", "id": "m", "metadata": {}, "source": "More."})
+    return made
+
+
+def test_a_page_has_the_words_of_today_and_the_outputs_of_its_run(faults):
+    made = source()
+    page, now = executed(made), reworded(made)
+    shown = guard.as_page(page, now)
+    assert [cell["source"] for cell in shown["cells"]] == [cell["source"] for cell in now["cells"]]
+    assert shown["cells"][4]["outputs"] == page["cells"][4]["outputs"] and page["cells"][4]["outputs"]
+    assert shown["cells"][4]["metadata"] == now["cells"][4]["metadata"]
+    assert shown["cells"][3]["execution_count"] == page["cells"][3]["execution_count"]
+
+    def spoil(page, made, record):
+        made["cells"] = reworded(made)["cells"]
+
+    assert faults(spoil) == []
 
 
 @pytest.mark.parametrize(
@@ -132,6 +149,13 @@ def test_a_page_whose_library_has_changed_is_stale(faults, sources, reason):
         record.update({"sources": sources} if sources else {})
 
     assert faults(spoil) == [f"notebooks/01_x.ipynb is stale: {reason}"]
+
+
+def test_a_page_that_is_drawn_by_other_code_is_stale(faults):
+    def spoil(page, made, record):
+        record["page_sources"] = {"alea_lib/figures.py": "old"}
+
+    assert faults(spoil) == ["notebooks/01_x.ipynb is stale: alea_lib/figures.py has changed"]
 
 
 # ---- built pages
@@ -171,23 +195,21 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_hash_of_sources_follows_code_and_not_prose(repository):
-    path = toy.write_notebook(repository, "01_make", "SIZE = None", "from alea_lib import chair", "A = 1")
+    cells = ("from alea_lib import chair, figures", "A = 1")
+    path = toy.write_notebook(repository, "01_make", "SIZE = None", *cells)
     first = source_hashes(path)
-    assert "alea_lib/measures/chair.py" in first and "notebooks/01_make.ipynb" in first
+    assert "alea_lib/measures/chair.py" in first.numbers and "notebooks/01_make.ipynb" in first.numbers
+    assert "alea_lib/figures/common.py" in first.page and not set(first.numbers) & set(first.page)
     notebook = json.loads(path.read_text())
     notebook["cells"][0]["source"] = "# Other words"
+    notebook["cells"][-1]["source"] = "A  =  1  # one"
     path.write_text(json.dumps(notebook))
     assert source_hashes(path) == first
     notebook["cells"][-1]["source"] = "A = 2"
     path.write_text(json.dumps(notebook))
-    assert {name for name, value in source_hashes(path).items() if first[name] != value} == {"notebooks/01_make.ipynb"}
-
-
-def test_what_only_draws_does_not_make_tables():
-    code = {"notebooks/01_x.ipynb": "a", "alea_lib/stats.py": "b", "alea_lib/figures/common.py": "c"}
-    assert sources_id(code) == sources_id({**code, "alea_lib/figures/common.py": "d"})
-    assert sources_id(code) != sources_id({**code, "alea_lib/stats.py": "d"})
-    assert sources_id({}) == ""
+    now = source_hashes(path)
+    assert {name for name, value in now.numbers.items() if first.numbers[name] != value} == {"notebooks/01_make.ipynb"}
+    assert now.page == first.page
 
 
 def test_published_tables_know_whether_their_code_has_changed(repository):
@@ -198,7 +220,8 @@ def test_published_tables_know_whether_their_code_has_changed(repository):
     def publish(**column):
         pd.DataFrame({"stage": ["01_make-big"], "run_id": ["x"], **column}).to_csv(results / "runs.csv", index=False)
 
-    publish(sources_sha256=sources_id(source_hashes(path)))
+    assert sources_id({}) == ""
+    publish(sources_sha256=sources_id(source_hashes(path).numbers))
     assert guard.published("long") == {"01_make-big": "current"}
     toy.write_notebook(repository, "01_make", "SIZE = None", "A = 2")
     assert guard.published("long") == {"01_make-big": "changed"}
@@ -211,7 +234,6 @@ def test_published_tables_know_whether_their_code_has_changed(repository):
 def test_pages_carry_marks_and_tables(repository, tmp_path):
     run = tmp_path / "data" / "runs" / "toy" / "01_make"
     run.mkdir(parents=True)
-    (run / "notebook.ipynb").write_text(json.dumps(executed(source())))
     (run / "made.csv").write_text("a\n1\n")
     results = tmp_path / "data" / "results" / "long"
     results.mkdir(parents=True)
@@ -220,7 +242,7 @@ def test_pages_carry_marks_and_tables(repository, tmp_path):
     profile.write_text("note: No number here means anything.\n" + profile.read_text())
     target = tmp_path / "book" / "notebooks" / "01_make.ipynb"
     (results / "read.csv").write_text("b\n2\n")
-    book.dress(run, {"inputs": {"data/results/long/read.csv": {}, "01_make": {}}}, target, "toy")
+    book.dress(executed(source()), run, {"inputs": {"data/results/long/read.csv": {}, "01_make": {}}}, target, "toy")
     texts = ["".join(cell["source"]) for cell in json.loads(target.read_text())["cells"]]
     assert texts[0] == "# A toy" and "No number here means anything." in texts[1] and "not known" in texts[2]
     assert "{download}`made.csv <../generated/tables/01_make/made.csv>`" in texts[-1]

@@ -1,5 +1,6 @@
 """The stage engine: parameters, records, dependencies, and that only finished runs look finished."""
 
+import ast
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from alea_lib.runs import (
     MissingStage,
     RunError,
     begin,
+    imports,
     load_profile,
     plan,
     read_record,
@@ -29,7 +31,8 @@ from alea_lib.runs.__main__ import assignments, main
 from alea_lib.runs.collect import collect, publish
 from alea_lib.runs.execute import brief, execute, hide_injected
 from alea_lib.runs.guard import guard
-from alea_lib.runs.imports import dependencies, parameters
+from alea_lib.runs.imports import parameters, source_hashes
+from alea_lib.runs.modules import syntax
 from alea_lib.runs.places import read_yaml
 from alea_lib.runs.study import clear_stale_lock, stale_reason
 from alea_lib.tables import read_csv, read_parquet
@@ -45,6 +48,7 @@ def repository(tmp_path, monkeypatch):
 def finished(stage="01_make", variant="", **params):
     """A finished run that wrote one file."""
     values = {"01_make": {"SIZE": None}, "02_edit": {"LR": None}}.get(stage, {})
+    (run_dir("toy", stage, variant) / "run.json").unlink(missing_ok=True)  # as execute does
     run = begin(stage, "toy", variant, **{**values, **params})
     (run.dir / "made.txt").write_text(str(run.params))
     return run
@@ -213,8 +217,9 @@ def test_begin_clears_what_an_earlier_run_left_but_keeps_checkpoints(repository)
     checkpoint = run.checkpoint("step.pt")
     checkpoint.write_text("half")
     (run.dir / "notebook.partial.ipynb").write_text("{}")
+    (run.dir / "run.json").unlink()
     again = begin("01_make", "toy", SIZE=None)
-    assert not (again.dir / "run.json").exists()
+    assert again.dir == run.dir
     assert not (again.dir / "made.txt").exists()
     assert again.checkpoint("step.pt") == checkpoint and checkpoint.exists()
     assert (again.dir / "notebook.partial.ipynb").exists()
@@ -222,6 +227,36 @@ def test_begin_clears_what_an_earlier_run_left_but_keeps_checkpoints(repository)
     assert other.checkpoint("step.pt") != checkpoint
     again.finish()
     assert not checkpoint.exists()
+
+
+def test_a_notebook_opened_by_hand_leaves_the_finished_run(repository, capsys):
+    run = finished()
+    run.finish()
+    before = {path.name: path.read_bytes() for path in run.dir.iterdir()}
+    assert "by-hand" not in capsys.readouterr().out
+    hand = begin("01_make", "toy", SIZE=9)
+    assert "01_make.by-hand, which no stage reads (to renew it: make run NB=01_make PROFILE=toy)" in (
+        capsys.readouterr().out
+    )
+    (hand.dir / "mine.txt").write_text("of the first try")
+    hand.finish()
+    assert hand.dir != run.dir and read_record(hand.dir)["params"] == {"SIZE": 9}
+    assert {path.name: path.read_bytes() for path in run.dir.iterdir()} == before
+    assert begin("02_edit", "toy", "weak", LR=None).input("01_make") == run.dir
+    again = begin("01_make", "toy", SIZE=9)
+    assert again.dir == hand.dir and not list(again.dir.iterdir())
+
+
+def test_tables_beside_the_joined_metrics_are_declared(repository):
+    from alea_lib.rivals.compare import rivals_of_study
+
+    out = repository / "data" / "runs" / "toy" / "results"
+    out.mkdir(parents=True)
+    for name in ("metrics", "rivals"):
+        (out / f"{name}.csv").write_text("run_id\n")
+    run = begin("04_holds", "toy")
+    rivals_of_study(run, "none")
+    assert set(run.inputs) == {"data/runs/toy/results/metrics.csv", "data/runs/toy/results/rivals.csv"}
 
 
 def test_finish_checks_the_scores(repository):
@@ -239,39 +274,133 @@ def test_the_engine_does_not_import_torch():
 # ---- what a notebook depends on
 
 
-def test_dependencies_follow_exports_imports_and_named_data_files(tmp_path):
-    package = tmp_path / "alea_lib"
-    files = {
-        "__init__.py": '_EXPORTS = {"fit": "edit.fit", "draw": "figures", "pick": "locate"}',
-        "edit/__init__.py": "",
-        "edit/fit.py": "from . import delta\nfrom ..taps import read\nimport torch",
-        "edit/delta.py": "def go():\n    from alea_lib.tables import write",
-        "edit/unused.py": "",
-        "taps.py": 'TABLE = "families.yaml"',
-        "tables.py": "from alea_lib.runs import root",
-        "figures.py": "from alea_lib import fit",
-        "families.yaml": "{}",
-        "runs/__init__.py": "",
-        "locate/__init__.py": "from importlib import import_module\nimport_module(name)",
-        "locate/layers.py": "",
-        "locate/heads.py": "",
-    }
+def write_package(folder, files):
     for name, text in files.items():
-        (package / name).parent.mkdir(parents=True, exist_ok=True)
-        (package / name).write_text(text)
+        (folder / "alea_lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "alea_lib" / name).write_text(text)
 
-    def reached(*cells):
+
+@pytest.fixture
+def reached(tmp_path, monkeypatch):
+    """Library files behind cells of a notebook, in a package of these files: of numbers, or of the page alone."""
+
+    def find(files, *cells, params=None, variant="", page=False):
+        write_package(tmp_path, files)
+        monkeypatch.setattr(imports, "PACKAGE", tmp_path / "alea_lib")
         book = toy.write_notebook(tmp_path, "01_x", "A = 1", *cells)
-        return {path.relative_to(package).as_posix() for path in dependencies(book, package)}
+        found = source_hashes(book, params, variant)[page]
+        return {name.removeprefix("alea_lib/") for name in found if not name.endswith(".ipynb")}
 
+    return find
+
+
+PLAIN = {
+    "__init__.py": '_EXPORTS = {"fit": "edit.fit", "draw": "figures", "pick": "locate"}',
+    "edit/__init__.py": "",
+    "edit/fit.py": "from . import delta\nfrom ..taps import read\nimport torch",
+    "edit/delta.py": "def go():\n    from alea_lib.tables import write",
+    "edit/unused.py": "",
+    "taps.py": 'TABLE = "families.yaml"',
+    "tables.py": "from alea_lib.runs import root",
+    "figures.py": "from alea_lib import fit",
+    "families.yaml": "{}",
+    "runs/__init__.py": "",
+    "locate/__init__.py": "from importlib import import_module\nimport_module(name)",
+    "locate/layers.py": "",
+    "locate/heads.py": "",
+}
+
+
+def test_dependencies_follow_exports_imports_and_named_data_files(reached):
     of_fit = {"edit/__init__.py", "edit/fit.py", "edit/delta.py", "taps.py", "tables.py", "families.yaml"}
-    assert reached("%matplotlib inline\nfrom alea_lib import fit") == of_fit
-    assert reached("from alea_lib import draw") == of_fit | {"figures.py"}
-    assert reached("import alea_lib.taps") == {"taps.py", "families.yaml"}
-    assert reached("from alea_lib import tables, begin") == {"tables.py"}
-    assert reached("from alea_lib import pick") == {f"locate/{n}.py" for n in ("__init__", "layers", "heads")}
-    assert reached("import alea_lib as al") == of_fit | {"figures.py"} | reached("from alea_lib import pick")
-    assert reached("import numpy") == set()
+    of_locate = {f"locate/{name}.py" for name in ("__init__", "layers", "heads")}
+    for cell, files in {
+        "%matplotlib inline\nfrom alea_lib import fit": of_fit,
+        "import alea_lib.taps": {"taps.py", "families.yaml"},
+        "from alea_lib import tables, begin": {"tables.py"},
+        "from alea_lib import pick": of_locate,
+        "import alea_lib as al\nprint(al)": of_fit | of_locate,
+        "import alea_lib as al\nal.fit()": of_fit,
+        "import numpy": set(),
+    }.items():
+        assert reached(PLAIN, cell) == files, cell
+
+
+ROOMS = {
+    "__init__.py": '_EXPORTS = {"figures": "figures"}',
+    "locate/__init__.py": """import lazy_loader
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__, submod_attrs={"run": ["locate_layers", "locate_heads"], "choose": ["choose_layers"]}
+)""",
+    "locate/run.py": "from .settings import S",
+    "locate/choose.py": "from alea_lib.locate import locate_layers",
+    "locate/settings.py": "",
+    "figures/__init__.py": "from .common import curves",
+    "figures/common.py": "from ..stats import mean\nfrom ..colours import ROWS",
+    "stats.py": "",
+    "colours.py": "",
+}
+
+
+def test_a_room_with_a_lazy_face_leads_to_the_module_of_the_name_alone(reached):
+    run = {"locate/run.py", "locate/settings.py"}
+    for cell, files in {
+        "from alea_lib.locate import locate_layers": run,
+        "from alea_lib.locate import choose_layers": run | {"locate/choose.py"},
+        "from alea_lib.locate.settings import S": {"locate/settings.py"},
+        "from alea_lib import locate\nlocate.locate_heads()": run,
+        "import alea_lib.locate as l\nl.locate_layers()": run,
+        "import alea_lib.locate as l\nl.settings.S": {"locate/settings.py"},
+        "from alea_lib import locate\nprint(locate)": run | {"locate/choose.py"},
+        "import alea_lib.locate": run | {"locate/choose.py"},
+        "from alea_lib.locate import *": run | {"locate/choose.py"},
+    }.items():
+        assert reached(ROOMS, cell) == files, cell
+
+
+def test_what_draws_and_what_only_it_reaches_belongs_to_the_page(reached):
+    draws = "from alea_lib import figures\nfigures.curves()"
+    page = {"figures/__init__.py", "figures/common.py", "colours.py"}
+    assert reached(ROOMS, draws) == set()
+    assert reached(ROOMS, draws, page=True) == page | {"stats.py"}
+    assert reached(ROOMS, draws, "from alea_lib.stats import mean") == {"stats.py"}
+    assert reached(ROOMS, draws, "from alea_lib.stats import mean", page=True) == page
+
+
+def test_methods_of_a_registry_count_where_they_are_named(reached):
+    files = {
+        "__init__.py": "",
+        "rivals/__init__.py": "",
+        "rivals/registry.py": 'import importlib\nMODULES: dict[str, str] = {"vcd": "vcd", "beam": "plain"}\n'
+        "def get(name):\n    importlib.import_module(MODULES[name])",
+        "rivals/vcd.py": "from .shared import x",
+        "rivals/plain.py": "",
+        "rivals/shared.py": "",
+    }
+    cell = "from alea_lib.rivals.registry import get"
+    least = {"rivals/__init__.py", "rivals/registry.py"}
+    vcd, beam = {"rivals/vcd.py", "rivals/shared.py"}, {"rivals/plain.py"}
+    assert reached(files, cell) == least | vcd | beam
+    assert reached(files, cell, params={"K": 1}) == least
+    assert reached(files, cell, params={"A": [{"x": ["vcd"]}]}) == least | vcd
+    assert reached(files, cell, params={"A": {"beam": 1}}) == least | beam
+    assert reached(files, cell, params={}, variant="vcd") == least | vcd
+    assert reached(files, cell, 'get("beam")', params={}) == least | beam
+
+
+def test_a_changed_library_file_is_seen_in_the_same_process(reached):
+    write = {**PLAIN, "edit/delta.py": ""}
+    assert "tables.py" in reached(PLAIN, "from alea_lib import fit")
+    assert "tables.py" not in reached(write, "from alea_lib import fit")
+
+
+def test_syntax_is_compared_without_docstrings_comments_and_layout():
+    first = 'class A:\n    """Text."""\n    x = 1  # one\n\ndef f(a, b):\n    return (a + b)\n'
+    assert syntax(ast.parse(first)) == syntax(
+        ast.parse('"""Module."""\nclass A:\n    x = 1\ndef f(a,\n      b):\n    "Other."\n    return a + b')
+    )
+    assert syntax(ast.parse(first)) != syntax(ast.parse(first.replace("x = 1", "x = '1'")))
+    assert syntax(ast.parse("f(None)")) != syntax(ast.parse("f()"))
 
 
 def test_parameters_are_read_from_the_tagged_cell(tmp_path):
@@ -424,7 +553,7 @@ def test_single_stages_are_published_beside_what_is_there(repository):
     collect("toy")
     target = publish("toy")
     before = {name: read_csv(target / f"{name}.csv") for name in ("metrics", "runs")}
-    run = begin("02_edit", "toy", "weak", LR=0.25)
+    run = finished("02_edit", "weak", LR=0.25)
     pd.DataFrame({"label": ["a"], "value": [1.0]}).to_csv(run.dir / "robustness.csv", index=False)
     run.finish()
     publish("toy", ("02_edit",))
@@ -582,9 +711,30 @@ def started(output: str) -> list[str]:
     return sorted(line.split()[1] for line in output.splitlines() if line.endswith(" started"))
 
 
+def snakemake_would_run(folder: Path) -> list[str]:
+    """What a plain call of Snakemake, without the study's own look at the records, would run."""
+    command = [sys.executable, "-m", "snakemake", "-s", "notebooks/Snakefile", "-d", ".", "--cores", "1", "-n"]
+    environment = {**os.environ, "ALEA_ROOT": str(folder), "PYTHONPATH": str(folder)}
+    environment.pop("ALEA_WATCH", None)
+    done = subprocess.run(
+        [*command, "--config", "profile=toy"], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [
+        line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith(("rule ", "localrule "))
+    ]
+
+
 @pytest.mark.slow
 def test_a_study_runs_resumes_and_reruns_only_what_changed(tmp_path):
     folder = toy.whole_repository(tmp_path / "a study")  # a path with a space
+    figures, first_page = folder / "alea_lib" / "figures.py", folder / "notebooks" / "01_make.ipynb"
+    figures.write_text("def shown():\n    return 'drawn once'\n")
+    notebook = json.loads(first_page.read_text())
+    notebook["cells"].insert(
+        3, {**notebook["cells"][3], "id": "f", "source": "import alea_lib.figures as f\nf.shown()"}
+    )
+    first_page.write_text(json.dumps(notebook))
     edit = folder / "alea_lib" / "editing.py"
     good = edit.read_text()
     edit.write_text(good.replace("v * lr", "v / 0"))
@@ -602,7 +752,21 @@ def test_a_study_runs_resumes_and_reruns_only_what_changed(tmp_path):
 
     assert started(call(folder, "study").stdout) == []
 
+    figures.write_text("def shown():\n    return 'drawn again'\n")
+    notebook["cells"][0]["source"] = "# Other words"
+    first_page.write_text(json.dumps(notebook))
+    record = folder / "data" / "runs" / "toy" / "01_make" / "run.json"
+    before = record.stat().st_mtime_ns
+    drawn = call(folder, "study")
+    assert drawn.returncode == 0, drawn.stderr
+    assert started(drawn.stdout) == ["01_make"] and record.stat().st_mtime_ns == before
+    assert "stage 01_make is drawn again: alea_lib/figures.py has changed" in drawn.stdout
+    page = (folder / "_build" / "html" / "notebooks" / "01_make.html").read_text()
+    assert "drawn again" in page and "Other words" in page
+    assert snakemake_would_run(folder) == []
+
     edit.write_text(good.replace("v * lr", "lr * v"))
+    assert {"02_edit-strong", "02_edit-weak", "03_measure-strong"} <= set(snakemake_would_run(folder))
     third = started(call(folder, "study", "--jobs", "1", "--target", "collect").stdout)
     assert third == ["02_edit-strong", "02_edit-weak", "03_measure-strong", "03_measure-weak"]
     assert (folder / "data" / "runs" / "toy" / "results" / "metrics.csv").read_bytes() == metrics

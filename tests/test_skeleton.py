@@ -185,6 +185,67 @@ def test_notebooks_declare_what_they_read_before_the_runs_id_is_used(path):
     assert not used or max(reads, default=0) < min(used)
 
 
+# library functions that open a file of data/models by themselves: what a notebook declares for them
+OPENED = {
+    "implants": "scenes-implants/implants.csv",
+    "load": "/model.safetensors",
+    "load_detector": "/tower.safetensors",
+}
+FOLDERS = ("data/runs", "data/results", "data/models")
+
+
+def undeclared(source: str) -> list[str]:
+    """What code opens of data/runs, data/results and data/models without run.uses, run.input or run.results."""
+    tree = ast.parse(source)
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    declaring = [call for call in calls if ast.unparse(call.func) in ("run.uses", "run.input")]
+    declared = {id(node) for call in declaring for node in ast.walk(call)}
+    texts = [ast.unparse(call) for call in declaring]
+    found = []
+    for node in ast.walk(tree):
+        text = ast.unparse(node) if isinstance(node, ast.Constant | ast.JoinedStr | ast.Call | ast.BinOp) else ""
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in OPENED and not any(OPENED[name] in text for text in texts):
+                found.append(f"{name} opens {OPENED[name]}")
+            place = name in ("root", "run_dir", "results_dir")
+        elif isinstance(node, ast.BinOp):  # a table beside the one that run.results() declares
+            place = text.startswith("run.results() /") and not text.startswith("run.results() / 'metrics.csv'")
+        else:
+            place = any(folder in text for folder in FOLDERS)
+        if place and id(node) not in declared:
+            found.append(text)
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_declare_all_that_they_open(path):
+    """What is not declared may change without the run being stale."""
+    assert undeclared("\n".join(cell["source"] for cell in code_cells(path))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'notes = read_csv(run.results() / "notes.csv")',
+        'log = (root() / "data" / "models" / key / "training.json").read_text()',
+        'full = read_csv("data/results/long/runs.csv")',
+        'rows = read_csv(f"data/runs/{PROFILE}/01_world/a.csv")',
+        "index = implants()",
+        'run.uses("data/models/a/model.safetensors")\nload_detector()',
+    ],
+)
+def test_undeclared_reads_are_found(source):
+    assert undeclared(source)
+
+
+def test_declared_reads_are_none():
+    assert not undeclared(
+        'run.uses(f"data/models/{key}/model.safetensors")\nload(key)\nread(run.results() / "metrics.csv")\n'
+        'read(run.uses(run.results() / "notes.csv"))\nread(run.uses(root() / "data/results/a.csv"))'
+    )
+
+
 def test_workflows_try_every_python_and_call_targets_that_exist():
     folder = ROOT / ".github" / "workflows"
     flows = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yml")}

@@ -65,12 +65,11 @@ def prepare(profile: str) -> None:
     folders = dict(zip(shown, finished(profile, list(shown.values())), strict=True))
     records = {name: read_record(folder) for name, folder in folders.items()}
     sources = {name: root / f"{name}.ipynb" for name in shown}
+    today = {name: source_hashes(sources[name], r["params"], r["variant"]) for name, r in records.items()}
     refuse(
         fault
         for name, folder in folders.items()
-        for fault in guard.page_faults(
-            folder / "notebook.ipynb", sources[name], records[name], source_hashes(sources[name])
-        )
+        for fault in guard.page_faults(folder / "notebook.ipynb", sources[name], records[name], today[name])
     )
     generated = root / "book" / "generated"
     generated.mkdir(exist_ok=True)
@@ -78,7 +77,8 @@ def prepare(profile: str) -> None:
     for old in [*(root / "book" / "notebooks").glob("*.ipynb"), *made]:
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     for name, folder in folders.items():
-        dress(folder, records[name], root / "book" / f"{name}.ipynb", profile)
+        page = guard.as_page(guard.read(folder / "notebook.ipynb"), guard.read(sources[name]))
+        dress(page, folder, records[name], root / "book" / f"{name}.ipynb", profile)
         for text in sorted([*folder.glob("*.md"), *folder.glob("*.svg")]):
             shutil.copyfile(text, generated / text.name)  # sentences with numbers and figures, made by chapters
     write_status(profile, finished(profile, places.plan(profile)))
@@ -102,9 +102,8 @@ def note(profile: str) -> str:
     return f":::{{warning}}\n{text}\n:::\n" if text else ""
 
 
-def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
-    """Write a run's notebook as a page, with the profile's warning, the state of published tables, and its tables."""
-    page = json.loads((folder / "notebook.ipynb").read_text(encoding="utf-8"))
+def dress(page: dict, folder: Path, record: dict, target: Path, profile: str) -> None:
+    """Write a run's page, with the profile's warning, the state of published tables, and the tables of its folder."""
     used = {Path(name).parts[2] for name in record["inputs"] if name.startswith("data/results/")}
     marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]
     head = [text for text in (note(profile), *marks) if text]
@@ -119,7 +118,7 @@ def dress(folder: Path, record: dict, target: Path, profile: str) -> None:
         ]
 
     for cell in page["cells"]:
-        if cell["cell_type"] == "code" and "import (" in "".join(cell["source"]):
+        if cell["cell_type"] == "code" and "import (" in cell["source"]:
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]  # a long list of names
     page["cells"] = [*page["cells"][:1], *cells(head, "head"), *page["cells"][1:], *cells(foot, "foot")]
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from alea_lib.runs import places
-from alea_lib.runs.imports import parse_cell, source_hashes, sources_id
+from alea_lib.runs.imports import Sources, cell_code, parse_cell, source_hashes, sources_id
 from alea_lib.runs.places import RunError
 
 LINES = 15  # of a code cell, without imports and empty lines
@@ -85,28 +85,37 @@ def long_cells(book: dict) -> Iterator[str]:
             yield f"has {len(lines)} lines in cell {index} ({cell.get('id', '')}): {LINES} at most, split it"
 
 
-def stale(book: dict, source: dict, record: dict, today: dict[str, str]) -> Iterator[str]:
-    """An executed copy that shows other cells than its source, or was made by other library files than today's."""
-
-    def cells(notebook: dict) -> list:
-        own = [c for c in notebook["cells"] if "injected-parameters" not in c["metadata"].get("tags", [])]
-        return [(c["cell_type"], c["source"], c["metadata"].get("mystnb")) for c in own]
-
-    if cells(book) != cells(source):
+def stale(book: dict, source: dict, record: dict, today: Sources) -> Iterator[str]:
+    """An executed copy of other code than its source's, or made by other library files than today's."""
+    if _code(book) != _code(source):
         yield "is stale: its source has changed since it was executed"
-    else:
-        for reason in changed(record, today):
-            yield f"is stale: {reason}"
+    elif reason := changed(record, "sources", today.numbers) or changed(record, "page_sources", today.page):
+        yield f"is stale: {reason}"
 
 
-def changed(record: dict, today: dict[str, str]) -> Iterator[str]:
-    """Why the code of a run is not today's: ``today`` as from ``source_hashes``, the record a run.json."""
-    if "sources" not in record:
-        yield "its record does not say which code made it"
-    for name in sorted({*record.get("sources", {}), *today}):
-        if "sources" in record and record["sources"].get(name) != today.get(name):
-            yield f"{name} has changed"
-            return
+def _code(book: dict) -> list[str]:
+    return [code for cell in book["cells"] if (code := cell_code(cell))]
+
+
+def as_page(book: dict, source: dict) -> dict:
+    """The source with the outputs of its executed copy, whose code is the same: text and captions are those of now."""
+    ran = iter([cell for cell in book["cells"] if cell_code(cell)])
+    cells = []
+    for cell in source["cells"]:
+        if cell_code(cell):
+            done = next(ran)
+            cell = {**cell, "outputs": done["outputs"], "execution_count": done["execution_count"]}
+        cells.append(cell)
+    return {**book, "cells": cells}
+
+
+def changed(record: dict, group: str, today: dict[str, str]) -> str:
+    """Why the code of a run is not today's ('' if it is): ``record`` a run.json, ``group`` its `sources` (``today``:
+    the numbers of ``source_hashes``) or its `page_sources`."""
+    if group not in record:
+        return "its record does not say which code made it"
+    differ = [name for name in sorted({*record[group], *today}) if record[group].get(name) != today.get(name)]
+    return f"{differ[0]} has changed" if differ else ""
 
 
 class _Page(HTMLParser):
@@ -137,10 +146,12 @@ def built(folder: Path) -> Iterator[str]:
         yield from (f"{path.relative_to(folder).as_posix()} {fault}" for fault in dict.fromkeys(page.faults))
 
 
-def page_faults(page: Path, source: Path, record: dict, today: dict[str, str]) -> list[str]:
+def page_faults(page: Path, source: Path, record: dict, today: Sources) -> list[str]:
     """All faults of the executed copy of a notebook."""
     book, original = read(page), read(source)
-    rules = (unfinished(book), mute_figures(book), long_cells(original), stale(book, original, record, today))
+    found = list(stale(book, original, record, today))
+    mute = [] if found else mute_figures(as_page(book, original))
+    rules = (unfinished(book), mute, long_cells(original), found)
     return [f"notebooks/{Path(source).name} {fault}" for rule in rules for fault in rule]
 
 
@@ -163,8 +174,9 @@ def published(profile: str) -> dict[str, str]:
         elif not stage:
             states[row["stage"]] = "changed"
         else:
-            same = row["sources_sha256"] == sources_id(source_hashes(notebooks[stage]))
-            states[row["stage"]] = "current" if same else "changed"
+            params = json.loads(row["params_json"]) if row.get("params_json") else None
+            today = source_hashes(notebooks[stage], params, row["stage"].removeprefix(stage).removeprefix("-"))
+            states[row["stage"]] = "current" if row["sources_sha256"] == sources_id(today.numbers) else "changed"
     return states
 
 

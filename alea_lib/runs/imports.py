@@ -1,17 +1,35 @@
-"""Which library files a notebook depends on, read from its source: a change in one of them runs it again.
+"""What a stage is made by: the code of its notebook and the library files that it reaches by imports.
 
-Only imports count: `from alea_lib import name` leads through the lazy table `_EXPORTS` of the package to the
-module that defines the name, and on through that module's own imports, also those inside functions.
-The engine (alea_lib.runs) is left out: it keeps the books and computes no result.
+Code counts by its syntax: comments, docstrings and layout change nothing. Only imports count, also those inside
+functions. A name taken from a room with a lazy face (``lazy_loader.attach``) leads to the module that defines it.
+A module with a table ``MODULES`` (name of a method -> module beside it) imports the methods that the stage's strings
+name. The engine is left out: it keeps the books and computes no result.
 """
 
 import ast
-import hashlib
 import json
-from functools import cache
+import os
+from collections.abc import Iterable
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+from alea_lib.runs.modules import ALL, Import, Module, imports_of, is_text, parse_module, sha256, split_name, syntax
 
 PACKAGE = Path(__file__).resolve().parents[1]
+ENGINE = ("runs", "pipeline")
+# modules and rooms that draw and write texts; what only they reach belongs to the page, too
+PAGE = ("figures", "verdicts", "firstpage", "phrases", "explorer", "widgets", "budget_page", "report")
+
+
+class Sources(NamedTuple):
+    """Hashes by file: of what makes the tables (the notebook's code among it), and of what only makes the page."""
+
+    numbers: dict[str, str]
+    page: dict[str, str]
+
+
+# ---- notebooks
 
 
 def code_cells(notebook: Path) -> list[dict]:
@@ -21,13 +39,32 @@ def code_cells(notebook: Path) -> list[dict]:
 
 
 def parse_cell(source: str) -> ast.Module:
-    """The syntax tree of a cell; lines with IPython magics are left out."""
-    lines = ["" if line.lstrip().startswith(("%", "!", "?")) else line for line in source.splitlines()]
-    return ast.parse("\n".join(lines))
+    """The syntax tree of a cell; lines with IPython magics stand as strings."""
+    try:
+        return ast.parse(source)
+    except SyntaxError:
+        lines = source.splitlines()
+        magic = [line.lstrip().startswith(("%", "!", "?")) for line in lines]
+        indents = [line[: len(line) - len(line.lstrip())] for line in lines]
+        kept = [f"{i}{line.strip()!r}" if m else line for i, line, m in zip(indents, lines, magic, strict=True)]
+        return ast.parse("\n".join(kept))
+
+
+def cell_code(cell: dict) -> str:
+    """The syntax of a cell that computes; '' for text, papermill's parameters, and the cell that prepares Colab."""
+    injected = "injected-parameters" in cell["metadata"].get("tags", [])
+    if cell["cell_type"] != "code" or injected or cell.get("id", "").endswith("-colab"):
+        return ""
+    return "\n".join(syntax(statement) for statement in parse_cell("".join(cell["source"])).body)
 
 
 def parameters(notebook: Path) -> dict:
     """Names and values assigned in the cell tagged `parameters`; a value that is no literal shows as ..."""
+    return dict(_parameters(Path(notebook), *_state(notebook)))
+
+
+@cache
+def _parameters(notebook: Path, _written: int, _size: int) -> dict:
     found = {}
     for cell in code_cells(notebook):
         if "parameters" not in cell["metadata"].get("tags", []):
@@ -42,129 +79,152 @@ def parameters(notebook: Path) -> dict:
     return found
 
 
-def dependencies(notebook: Path, package: Path | None = None) -> list[Path]:
-    """Library files (and the data files beside them that they name) behind a notebook, sorted."""
-    library = Library(package or PACKAGE)
-    for cell in code_cells(notebook):
-        library.follow(parse_cell(cell["source"]), here="")
-    return sorted(library.files)
+def source_hashes(notebook: Path, params: dict | None = None, variant: str = "") -> Sources:
+    """Hashes of all that a stage with these parameters is made by (None: unknown, every method may be meant).
 
-
-def source_hashes(notebook: Path) -> dict[str, str]:
-    """Content hashes of all that a notebook's results and figures are made by: its code cells, its library files.
-
-    Names are relative to the repository; markdown, metadata and outputs of the notebook do not count.
+    Names are relative to the repository; text, metadata and outputs of the notebook do not count.
     """
-    cells = json.dumps([cell["source"] for cell in code_cells(notebook)])
-    found = {f"notebooks/{Path(notebook).name}": hashlib.sha256(cells.encode()).hexdigest()}
-    for path in dependencies(notebook):
-        name = path.relative_to(PACKAGE.parent).as_posix()
-        found[name] = _content(path, path.stat().st_mtime_ns)
-    return found
+    notebook, library = Path(notebook), _library()
+    digest, imports, constants = _read_notebook(notebook, *_state(notebook))
+    strings = None if params is None else {variant, *constants, *_strings(params)}
+    numbers = library.hashes(library.reached(imports, strings, leave_out=PAGE))
+    everything = library.hashes(library.reached(imports, strings))
+    page = {name: value for name, value in everything.items() if name not in numbers}
+    return Sources({f"notebooks/{notebook.name}": digest} | numbers, page)
 
 
 @cache
-def _content(path: Path, _written: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _read_notebook(path: Path, _written: int, _size: int) -> tuple[str, tuple[Import, ...], frozenset[str]]:
+    """The hash of a notebook's code, what it imports, and the strings in it."""
+    code = [(cell["source"], text) for cell in code_cells(path) if (text := cell_code(cell))]
+    tree = ast.Module([node for source, _ in code for node in parse_cell(source).body], [])
+    digest = sha256(json.dumps([text for _, text in code]).encode())
+    return digest, imports_of(tree, "", PACKAGE.name), frozenset(n.value for n in ast.walk(tree) if is_text(n))
 
 
-def sources_id(sources: dict[str, str]) -> str:
-    """One hash for what made a run's tables: all sources but those that only draw; '' where none are known."""
-    counted = {name: value for name, value in sources.items() if not name.startswith(f"{PACKAGE.name}/figures/")}
-    return hashlib.sha256(json.dumps(counted, sort_keys=True).encode()).hexdigest() if sources else ""
+def sources_id(numbers: dict[str, str]) -> str:
+    """One hash for what made a run's tables; '' where it is unknown."""
+    return sha256(json.dumps(numbers, sort_keys=True).encode()) if numbers else ""
+
+
+def modules_id(*modules: str) -> str:
+    """One hash of modules of the library (dotted, without its name) and of what they reach."""
+    library = _library()
+    return sources_id(library.hashes(library.reached(Import(*split_name(module)) for module in modules)))
+
+
+def _strings(value) -> Iterable[str]:
+    """All strings in nested lists and mappings, names of mappings included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for part in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+# ---- library files
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What tells whether a file stands as it was read."""
+    state = path.stat()
+    return state.st_mtime_ns, state.st_size
+
+
+@cache
+def _read_module(path: Path, package: Path, _written: int, _size: int) -> Module:
+    return parse_module(path.relative_to(package.parent).as_posix(), path.read_text(encoding="utf-8"))
+
+
+@cache
+def _content(path: Path, _written: int, _size: int) -> str:
+    return sha256(path.read_bytes())
+
+
+def _library() -> "Library":
+    """The package as it stands now."""
+    paths = [Path(folder, file) for folder, _, files in os.walk(PACKAGE) for file in files if file.endswith(".py")]
+    return _library_of(PACKAGE, tuple((path, *_state(path)) for path in sorted(paths)))
+
+
+@lru_cache(maxsize=2)
+def _library_of(package: Path, files: tuple[tuple[Path, int, int], ...]) -> "Library":
+    return Library(package, files)
 
 
 class Library:
-    """The files of a package reached so far."""
+    """The modules of a package by dotted name ('' is the package itself). ``files``: path, time and size of each."""
 
-    def __init__(self, package: Path):
+    def __init__(self, package: Path, files: tuple[tuple[Path, int, int], ...]):
         self.package = package
-        self.files: set[Path] = set()
-        self.exports = self._exports()
+        self.paths, self.modules = {}, {}
+        for path, *state in files:
+            own = path.parent if path.name == "__init__.py" else path.with_suffix("")
+            name = ".".join(own.relative_to(package).parts)
+            self.paths[name], self.modules[name] = path, _read_module(path, package, *state)
+        self.data = {name: self._data_files(name) for name in self.modules}
+        self._behind = cache(self._resolve)
 
-    def _exports(self) -> dict[str, str]:
-        """The lazy table of the package: a name, and the module that defines it."""
-        path = self.package / "__init__.py"
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if path.exists() else ():
-            targets = getattr(node, "targets", [getattr(node, "target", None)])
-            if isinstance(node, ast.Assign | ast.AnnAssign) and getattr(targets[0], "id", "") == "_EXPORTS":
-                return {name: self._relative(module) for name, module in ast.literal_eval(node.value).items()}
-        return {}
-
-    def _relative(self, module: str) -> str:
-        return module.removeprefix(f"{self.package.name}.").lstrip(".")
-
-    def follow(self, tree: ast.AST, here: str) -> None:
-        """Add what a piece of code imports; `here` is the dotted package (below the top) that it lies in."""
-        top = self.package.name
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                for alias in node.names:
-                    if alias.name == top:
-                        self._add_names("", ["*"])
-                    elif alias.name.startswith(f"{top}."):
-                        self._add_module(self._relative(alias.name))
-            elif isinstance(node, ast.ImportFrom):
-                base = self._base(node, here)
-                if base is not None:
-                    self._add_names(base, [alias.name for alias in node.names])
-
-    def _base(self, node: ast.ImportFrom, here: str) -> str | None:
-        """The module that names come from, dotted and relative to the package; None: not of this package."""
-        module = node.module or ""
-        if node.level:
-            parts = here.split(".") if here else []
-            return ".".join([*parts[: len(parts) - node.level + 1], *([module] if module else [])])
-        if module == self.package.name or module.startswith(f"{self.package.name}."):
-            return self._relative(module) if "." in module else ""
-        return None
-
-    def _add_names(self, base: str, names: list[str]) -> None:
-        """Names taken from a module: exports of the top, submodules, or things the module itself defines."""
-        if base == "" and "*" in names:
-            names = sorted(self.exports)
-        if base:
-            self._add_module(base)
-        for name in names:
-            if base == "" and name in self.exports:
-                self._add_module(self.exports[name])
+    def hashes(self, files: set[str | Path]) -> dict[str, str]:
+        """By name relative to the repository: of modules (by dotted name) the syntax, of data files the content."""
+        top, found = self.package.parent, {}
+        for file in files:
+            if isinstance(file, Path):
+                found[file.relative_to(top).as_posix()] = _content(file, *_state(file))
             else:
-                self._add_module(f"{base}.{name}".lstrip("."))
+                found[self.modules[file].name] = self.modules[file].digest
+        return dict(sorted(found.items()))
 
-    def _add_module(self, module: str) -> None:
-        """A module, the packages above it, and what they import; a name that is no module adds nothing."""
-        parts = module.split(".")
-        if parts[0] == "runs":
-            return
-        for depth in range(1, len(parts) + 1):
-            stem = self.package.joinpath(*parts[:depth])
-            self._add_file(stem / "__init__.py", ".".join(parts[:depth]))
-            self._add_file(stem.with_name(stem.name + ".py"), ".".join(parts[: depth - 1]))
+    def reached(
+        self, imports: Iterable[Import], strings: set[str] | None = None, leave_out: tuple[str, ...] = ()
+    ) -> set[str | Path]:
+        """Modules, and data files that they name, behind imports. ``strings``: those that may name a method (None: all
+        methods count); ``leave_out``: modules and rooms that do not count, as the engine never does."""
+        files, seen, left, out = set(), set(), list(imports), {*ENGINE, *leave_out}
+        while left:
+            taken = left.pop()
+            if taken in seen:
+                continue
+            seen.add(taken)
+            names, more = self._behind(taken)
+            left += more
+            for name in names:
+                if name.split(".")[0] not in out and name not in files:
+                    files.add(name)
+                    files.update(self.data[name])
+                    left += self._imported_by(name, strings)
+        return files
 
-    def _add_file(self, path: Path, here: str) -> None:
-        if path in self.files or not path.exists():
-            return
-        self.files.add(path)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        self.follow(tree, here)
-        for node in ast.walk(tree):
-            if (
-                isinstance(node, ast.Constant)
-                and isinstance(node.value, str)
-                and node.value.endswith((".yaml", ".json"))
-            ):
-                self._add_data(node.value, path)
-            elif (
-                isinstance(node, ast.Call)
-                and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
-            ):
-                # picked by name while running: any of its neighbours may be meant
-                for other in path.parent.glob("*.py"):
-                    self._add_file(other, here)
+    def _face(self, name: str) -> dict[str, str] | None:
+        return self.modules[name].face if name in self.modules else None
 
-    def _add_data(self, name: str, path: Path) -> None:
-        """A data file that a module names: beside it, in the package, or in data/ of the repository."""
-        for folder in (path.parent, self.package, self.package.parent, self.package.parent / "data"):
-            if (folder / name).is_file():
-                self.files.add(folder / name)
-                return
+    def _resolve(self, taken: Import) -> tuple[list[str], list[Import]]:
+        """The modules that an import runs (packages above included, faces not), and what it takes from faces."""
+        base, name, uses = taken
+        face = self._face(base)
+        if face is not None and name == ALL:
+            return [], [Import(*split_name(f"{base}.{module}".lstrip("."))) for module in sorted(set(face.values()))]
+        target = f"{base}.{(face or {}).get(name, name)}".lstrip(".")
+        parts = target.split(".")
+        above = [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
+        names = [module for module in above if module in self.modules and self._face(module) is None]
+        return names, [Import(target, use) for use in uses] if self._face(target) is not None else []
+
+    def _imported_by(self, name: str, strings: set[str] | None) -> list[Import]:
+        found, path = self.modules[name], self.paths[name]
+        here = name if path.name == "__init__.py" else split_name(name)[0]
+        if found.methods is not None:
+            wanted = [module for key, module in found.methods.items() if strings is None or key in strings]
+        elif found.by_name:  # picked by name while running: any of its neighbours may be meant
+            wanted = [split_name(other)[1] for other, at in self.paths.items() if at.parent == path.parent]
+        else:
+            wanted = []
+        return [*found.imports, *(Import(here, module) for module in wanted)]
+
+    def _data_files(self, name: str) -> list[Path]:
+        """Data files that a module names: beside it, in the package, or in data/ of the repository."""
+        top, found = self.package.parent, []
+        for data in self.modules[name].data:
+            folders = (self.paths[name].parent, self.package, top, top / "data")
+            found += [folder / data for folder in folders if (folder / data).is_file()][:1]
+        return found

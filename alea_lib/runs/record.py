@@ -16,6 +16,7 @@ import pandas as pd
 
 from alea_lib.files import hash_of, sha256, write_json
 from alea_lib.runs import places, rows
+from alea_lib.runs.imports import Sources, source_hashes
 from alea_lib.runs.places import MissingStage, RunError
 
 # Files that hold times or names of runs may differ between equal runs: recorded, but no part of a run's id.
@@ -63,8 +64,9 @@ class Run:
         self.inputs: dict[str, dict] = {}
         self._run_id = ""
         self._started = time.time()
-        self._sources = _sources(stage)  # now: a file that changes while this runs did not make it
-        self.dir = places.run_dir(profile, stage, variant)
+        notebook = places.root() / "notebooks" / f"{stage}.ipynb"  # now: what changes while this runs did not make it
+        self._sources = source_hashes(notebook, params, variant) if notebook.exists() else Sources({}, {})
+        self.dir = _free_folder(stage, profile, variant)
         _make_ready(self.dir)
         os.environ.setdefault("OMP_NUM_THREADS", "1")
         if "torch" in sys.modules:  # one thread: sums come in one order, results are equal to the byte
@@ -112,7 +114,8 @@ class Run:
         return path
 
     def results(self) -> Path:
-        """The folder of the joined tables (metrics.csv, notes.csv, runs.csv), for pages that compare runs."""
+        """The folder of the joined tables, for pages that compare runs: metrics.csv is declared as read, others of
+        its tables are to be declared by ``uses``."""
         folder = places.results_dir(self.profile)
         if not (folder / "metrics.csv").exists():
             raise MissingStage(f"{self.stage} reads the joined tables: make study PROFILE={self.profile}")
@@ -126,11 +129,7 @@ class Run:
 
     def checkpoint(self, name: str) -> Path:
         """Where to save work in progress: found again after a kill if nothing it depends on changed."""
-        from alea_lib.runs.imports import dependencies
-
-        notebook = places.root() / "notebooks" / f"{self.stage}.ipynb"
-        code = [sha256(path) for path in [notebook, *dependencies(notebook)]] if notebook.exists() else []
-        return self.dir / f"checkpoint-{hash_of([self.run_id, code])[:12]}-{name}"
+        return self.dir / f"checkpoint-{hash_of([self.run_id, self._sources.numbers])[:12]}-{name}"
 
     def finish(self, scores: pd.DataFrame | None = None) -> pd.DataFrame:
         """Write scores.csv, then the record that says this run is finished; returns the stamp to be shown."""
@@ -167,7 +166,8 @@ class Run:
             "params": self.params,
             "inputs": self.inputs,
             "inputs_sha256": hash_of(self.inputs),
-            "sources": self._sources,
+            "sources": self._sources.numbers,
+            "page_sources": self._sources.page,
             "outputs": outputs,
             "outputs_sha256": hash_of(stable),
             "started_utc": datetime.fromtimestamp(self._started, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -177,12 +177,15 @@ class Run:
         }
 
 
-def _sources(stage: str) -> dict[str, str]:
-    """Hashes of the notebook's code and of the library files behind it; empty for a stage without a notebook."""
-    from alea_lib.runs.imports import source_hashes
-
-    notebook = places.root() / "notebooks" / f"{stage}.ipynb"
-    return source_hashes(notebook) if notebook.exists() else {}
+def _free_folder(stage: str, profile: str, variant: str) -> Path:
+    """The run's folder; one beside it where a finished run lies (``execute`` has removed that before)."""
+    folder = places.run_dir(profile, stage, variant)
+    if not (folder / "run.json").exists():
+        return folder
+    aside = folder.with_name(f"{folder.name}.by-hand")
+    how = places.command(stage, variant, profile)
+    print(f"{folder.name} is finished: this run writes to {_name(aside)}, which no stage reads (to renew it: {how})")
+    return aside
 
 
 def _make_ready(folder: Path) -> None:
