@@ -20,7 +20,7 @@ from .layout import causal
 from .loading import load
 from .locate.run import locate_heads, locate_layers
 from .locate.settings import LocateSettings
-from .vlm import VLM, load
+from .vlm import VLM
 from .zoo.tiny import BUILDERS, build
 
 QUESTION = "Please describe this image in detail."

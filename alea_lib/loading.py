@@ -10,9 +10,8 @@ from torch import nn
 
 from .batch import Limits
 from .families import family
-from .hub import snapshot, switched_off
+from .hub import ModelRow, model_row, snapshot, switched_off
 from .runs import root
-from .runs.rows import ModelRow, model_row
 from .vlm import VLM
 
 

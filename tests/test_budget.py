@@ -10,6 +10,7 @@ from conftest import build_tiny
 
 from alea_lib import budget
 from alea_lib.budget import Plan, read_shape
+from alea_lib.hooks import replaced_linear
 from alea_lib.runs import RunError, root
 
 SEVEN = "llava-hf/llava-1.5-7b-hf"

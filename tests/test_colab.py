@@ -18,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from test_skeleton import NOTEBOOKS, PROJECT, extras, requirements
 
-from alea_lib.runs import checks, colab, places
+from alea_lib.runs import checks, colab, paths, places
 from alea_lib.runs.checks import Gpu
 from alea_lib.runs.execute import execute_needed
 from alea_lib.runs.imports import code_cells
@@ -84,7 +84,7 @@ def test_pip_is_told_to_change_nothing(tmp_path, monkeypatch):
         command[:4] == [sys.executable, "-m", "pip", "install"] and str(tmp_path / "requirements-colab.txt") in command
     )
     assert "--upgrade" not in command and f"numpy=={importlib.metadata.version('numpy')}\n" in constraints
-    with pytest.raises(places.RunError, match="(?s)could not install.*network"):
+    with pytest.raises(paths.RunError, match="(?s)could not install.*network"):
         colab._install(tmp_path)
 
 
@@ -175,7 +175,7 @@ def test_what_a_notebook_reads_is_made_first(tmp_path, monkeypatch):
 
     def execute(stage, profile, variant=""):
         made.append(places.Job(stage, variant).label)
-        folder = places.run_dir(profile, stage, variant)
+        folder = paths.run_dir(profile, stage, variant)
         folder.mkdir(parents=True)
         (folder / "run.json").write_text("{}")
 
@@ -187,7 +187,7 @@ def test_what_a_notebook_reads_is_made_first(tmp_path, monkeypatch):
     assert len(made) == 3, "what is finished stays"
     execute_needed("04_holds", "toy")
     assert made[3:] == ["02_edit-strong", "03_measure-weak", "03_measure-strong", "collect"]
-    with pytest.raises(places.RunError, match="does not run 05_gone; it runs 01_make"):
+    with pytest.raises(paths.RunError, match="does not run 05_gone; it runs 01_make"):
         execute_needed("05_gone", "toy")
 
 

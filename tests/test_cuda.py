@@ -24,7 +24,7 @@ from alea_lib.edit.export import export_adapter, export_checkpoint  # noqa: E402
 from alea_lib.edit.fit import answer_nll, fit_edit  # noqa: E402
 from alea_lib.edit.settings import EditSettings  # noqa: E402
 from alea_lib.hooks import full_weight, replaced_linear  # noqa: E402
-from alea_lib.vlm import load  # noqa: E402
+from alea_lib.loading import load  # noqa: E402
 
 pytestmark = pytest.mark.cuda
 LAYERS = (1, 2)

@@ -21,8 +21,7 @@ from alea_lib.layout import causal, opened, reading_embeddings
 from alea_lib.loading import load
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.hooks import read_attention, read_heads, read_layers, started_at
-from alea_lib.vlm import Batch, load
+from alea_lib.vlm import Batch
 from alea_lib.zoo.tiny import BUILDERS, build
 
 QUESTIONS = ["Is there a cat?", "Please describe this image in detail.", "Is the cup red or blue?"]

@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from alea_lib.runs import imports as sources
-from alea_lib.runs import places, study
+from alea_lib.runs import paths, places, study
 from alea_lib.runs.imports import parameters, source_hashes
 
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "runs", "models")
@@ -39,7 +39,7 @@ def finished(repository):
     jobs = sorted(places.plan("scenes"), key=lambda job: job.after_collect)
     for time, job in enumerate(jobs, 1_000_000):
         write_record(job)
-        folder = places.run_dir("scenes", job.stage, job.variant)
+        folder = paths.run_dir("scenes", job.stage, job.variant)
         (folder / "notebook.ipynb").write_text("{}")
         os.utime(folder / "run.json", (time, time))
     last = max(time for time, job in enumerate(jobs, 1_000_000) if not job.after_collect)
@@ -48,13 +48,13 @@ def finished(repository):
 
 
 def write_record(job):
-    notebook = places.root() / "notebooks" / f"{job.stage}.ipynb"
+    notebook = paths.root() / "notebooks" / f"{job.stage}.ipynb"
     params = {**parameters(notebook), **study.job_settings("scenes", job)}
     params = {name: value for name, value in params.items() if name not in ("PROFILE", "VARIANT")}
     numbers, page = source_hashes(notebook, params, job.variant)
     record = {"run_id": job.label, "stage": job.stage, "variant": job.variant, "params": params, "inputs": {},
               "sources": numbers, "page_sources": page, "outputs_sha256": "x"}  # fmt: skip
-    folder = places.run_dir("scenes", job.stage, job.variant)
+    folder = paths.run_dir("scenes", job.stage, job.variant)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "run.json").write_text(json.dumps(record))
 

@@ -9,11 +9,11 @@ import torch
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.edit import delta
 from alea_lib.edit.delta import delta_of
+from alea_lib.hooks import full_weight
 from alea_lib.measures.pope import pope, read_pope
 from alea_lib.probe.ability import ability
 from alea_lib.probe.answers import captions, pope_answers
 from alea_lib.probe.grounding import ATTENTION, attention_share
-from alea_lib.hooks import full_weight
 
 
 def eager(tiny, features, question, answer, prefix=None):

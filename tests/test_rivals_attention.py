@@ -10,6 +10,7 @@ from tiny_families import build
 
 from alea_lib import baseline
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
+from alea_lib.hooks import read_attention, read_heads, replaced_heads
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
 from alea_lib.rivals.adhh import AdhhSettings, adhh, find_heads

@@ -16,6 +16,7 @@ from alea_lib.edit.delta import applied, load_delta, save_delta
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.methods import EditRequest, fit_method, located_heads
 from alea_lib.edit.trial import EditBench, EditCase, EditTrialSettings
+from alea_lib.hooks import full_weight, read_layers, replaced_linear
 from alea_lib.locate.choose import choose_heads
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.rivals import dpo
@@ -23,7 +24,6 @@ from alea_lib.rivals.common import at_depth, head_count
 from alea_lib.rivals.dpo import CURVE, DpoSettings, fit_dpo, preference_loss
 from alea_lib.rivals.edits import WHAT, SupervisedSettings, fit_supervised
 from alea_lib.rivals.nullu import NulluSettings, fit_nullu
-from alea_lib.hooks import full_weight, read_layers, replaced_linear
 
 SHORT = DpoSettings(epochs=2, batch=3, lr=1e-3)
 

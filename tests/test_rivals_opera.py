@@ -8,6 +8,7 @@ from tiny_families import build
 
 from alea_lib import baseline
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
+from alea_lib.hooks import read_attention
 from alea_lib.rivals.opera import OperaSettings, Past, Watch, at_length, column_scores, opera
 
 QUESTIONS = [

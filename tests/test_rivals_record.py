@@ -23,7 +23,6 @@ from alea_lib.hooks import full_weight
 from alea_lib.rivals.cost import Held
 from alea_lib.rivals.registry import Baseline
 from alea_lib.rivals.trial import choose, tune
-from alea_lib.hooks import full_weight
 
 
 @pytest.fixture(scope="module")

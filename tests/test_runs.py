@@ -248,7 +248,7 @@ def test_a_notebook_opened_by_hand_leaves_the_finished_run(repository, capsys):
 
 
 def test_tables_beside_the_joined_metrics_are_declared(repository):
-    from alea_lib.rivals.compare import rivals_of_study
+    from alea_lib.baseline_pages import baselines_of_study as rivals_of_study
 
     out = repository / "data" / "runs" / "toy" / "results"
     out.mkdir(parents=True)

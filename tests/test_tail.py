@@ -12,6 +12,7 @@ from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.losses import CachedForward
 from alea_lib.edit.settings import EditSettings
 from alea_lib.edit.trained import trained
+from alea_lib.hooks import full_weight, replaced_linear, started_at
 from alea_lib.tail import capture, capture_last, final_norm, layer_input, run_last, run_tail
 from alea_lib.vlm import target_mask
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..layout import causal
 from ..hooks import read_attention
+from ..layout import causal
 from ..vlm import VLM, Batch, target_mask
 
 TERMS = ("nll", "contrast", "neglect", "attention")

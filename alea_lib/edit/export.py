@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from ..checkpoint import write_safetensors
-from ..runs.rows import hub_name
+from ..hub import hub_name
 from ..tables import write_csv
 from .delta import Delta, WrongBase, weight_hash
 

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..adversary.prefix import Prefix
+from ..hooks import replaced_linear
 from ..layout import causal
 from ..tail import Cached, capture, capture_last, run_last, run_tail
-from ..hooks import replaced_linear
 from ..vlm import VLM, Batch, target_mask
 from .settings import EditSettings
 from .spill import SpillCache

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ..locate.tokens import object_tokens
+from ..hooks import read_attention
 from ..measures.parse import Mention, mentions
 from ..measures.truth import Truth
 from ..tokens import object_tokens

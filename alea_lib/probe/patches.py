@@ -8,9 +8,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from ..hooks import read_attention
 from ..measures.truth import Truth
 from ..tables import DataError
-from ..tokens import object_tokens
 from ..vlm import VLM, Batch
 from ..worlds.write import Split
 from .grounding import blank_features, log_p, object_batches

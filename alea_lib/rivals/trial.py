@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 from ..edit.delta import Delta, applied, load_delta, save_delta
+from ..hooks import counted
 from ..measures.chair import chair
 from ..measures.frontier import frontier_gap
 from ..measures.truth import Truth, read_truth
 from ..probe.answers import captions
 from ..scoring import Benchmarks, Evaluated, evaluate, read_evaluated, truncated, write_evaluated
 from ..tables import DataError, read_jsonl, write_jsonl
-from ..hooks import counted
 from ..vlm import VLM
 from ..worlds.write import Split
 from .registry import Baseline

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.runs import guard, places
+from alea_lib.runs import guard, paths, places
 from alea_lib.runs.collect import finished, run_table
 from alea_lib.runs.imports import source_hashes
 from alea_lib.runs.places import Job, RunError
@@ -18,7 +18,7 @@ from alea_lib.runs.record import read_record
 def pages(profile: str) -> dict[str, Job]:
     """Which job's notebook is shown for each `notebooks/...` entry of the table of contents."""
     jobs, shown = places.plan(profile), places.load_profile(profile)["page_variant"]
-    toc = places.read_yaml((places.root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
+    toc = paths.read_yaml((paths.root() / "book" / "_toc.yml").read_text(encoding="utf-8"))
     found = {}
     for name in [name for name in toc_files(toc) if name.startswith("notebooks/")]:
         stage = name.removeprefix("notebooks/")
@@ -43,11 +43,11 @@ def toc_files(toc) -> list[str]:
 def build(profile: str) -> Path:
     """The whole book in HTML; returns its first page."""
     prepare(profile)
-    index = places.root() / "_build" / "html" / "index.html"
+    index = paths.root() / "_build" / "html" / "index.html"
     call_jupyter_book("html", index)
     add_explorer(profile, index.parent)
     refuse(guard.built(index.parent))
-    print(f"book built from profile {profile}: {index.relative_to(places.root())}", flush=True)
+    print(f"book built from profile {profile}: {index.relative_to(paths.root())}", flush=True)
     return index
 
 
@@ -61,7 +61,7 @@ def refuse(faults) -> None:
 
 def prepare(profile: str) -> None:
     """Put executed notebooks and all generated text where jupyter-book reads them, after the guard has seen them."""
-    root, shown = places.root(), pages(profile)
+    root, shown = paths.root(), pages(profile)
     folders = dict(zip(shown, finished(profile, list(shown.values())), strict=True))
     records = {name: read_record(folder) for name, folder in folders.items()}
     sources = {name: root / f"{name}.ipynb" for name in shown}
@@ -93,7 +93,7 @@ def prepare(profile: str) -> None:
 
 def published() -> list[str]:
     """The profiles whose tables lie in data/results."""
-    return sorted(path.parent.name for path in (places.root() / "data" / "results").glob("*/runs.csv"))
+    return sorted(path.parent.name for path in (paths.root() / "data" / "results").glob("*/runs.csv"))
 
 
 def note(profile: str) -> str:
@@ -107,7 +107,7 @@ def dress(page: dict, folder: Path, record: dict, target: Path, profile: str) ->
     used = {Path(name).parts[2] for name in record["inputs"] if name.startswith("data/results/")}
     marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]
     head = [text for text in (note(profile), *marks) if text]
-    read = [places.root() / name for name in record["inputs"] if not name.startswith("data/models/")]
+    read = [paths.root() / name for name in record["inputs"] if not name.startswith("data/models/")]
     tables = [p for p in (*sorted(folder.iterdir()), *read) if p.suffix in (".csv", ".parquet") and p.is_file()]
     foot = [download(tables)] if tables else []
 
@@ -129,7 +129,7 @@ def download(tables: list[Path]) -> str:
     """Copy tables beside the pages, in a folder for each run; a line of links to them."""
     links = []
     for table in tables:
-        where = places.root() / "book" / "generated" / "tables" / table.parent.name
+        where = paths.root() / "book" / "generated" / "tables" / table.parent.name
         where.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(table, where / table.name)
         links.append(f"{{download}}`{table.name} <../generated/tables/{table.parent.name}/{table.name}>`")
@@ -141,7 +141,7 @@ def call_jupyter_book(builder: str, first: Path) -> None:
     shutil.rmtree(first.parent, ignore_errors=True)
     program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command = [*program, "build", "book", "--builder", builder, "--all", "-W", "-n", "--keep-going", "-q"]
-    done = subprocess.run(command, cwd=places.root(), capture_output=True, text=True)
+    done = subprocess.run(command, cwd=paths.root(), capture_output=True, text=True)
     if done.returncode or not first.exists():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
@@ -151,11 +151,11 @@ def call_jupyter_book(builder: str, first: Path) -> None:
 def add_explorer(profile: str, html: Path) -> None:
     """Lay the caption explorer beside the pages, from the run that wrote its data, if the profile has one."""
     for job in places.plan(profile):
-        folder = places.run_dir(profile, job.stage, job.variant)
+        folder = paths.run_dir(profile, job.stage, job.variant)
         if (folder / "explorer.json").exists():
             from alea_lib.explorer import publish
 
-            publish(folder, places.root() / "book" / "explorer", html / "explorer")
+            publish(folder, paths.root() / "book" / "explorer", html / "explorer")
 
 
 def write_status(profile: str, folders: list[Path]) -> None:
@@ -186,7 +186,7 @@ def write_status(profile: str, folders: list[Path]) -> None:
         }
     )
     text = markdown_table(pd.DataFrame(facts.items(), columns=["", "value"])) + "\n" + markdown_table(shown)
-    path = places.root() / "book" / "generated" / "status.md"
+    path = paths.root() / "book" / "generated" / "status.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import psutil
 
 from alea_lib.hub import ModelRow, in_cache, switched_off
-from alea_lib.runs import places
+from alea_lib.runs import paths, places
 from alea_lib.runs.paths import RunError
 from alea_lib.runs.schema import Needs
 
@@ -77,7 +77,7 @@ def gpu() -> Gpu | None:
 
 
 def free_gib() -> float:
-    return shutil.disk_usage(places.root()).free / 2**30
+    return shutil.disk_usage(paths.root()).free / 2**30
 
 
 def host_gib() -> float:
@@ -149,7 +149,7 @@ def _dtype(needs: Needs, row: ModelRow | None, card: Gpu | None) -> Check:
 
 def _weights(key: str, row: ModelRow | None) -> Check:
     if row is None:
-        there = (places.root() / "data" / "models" / key).is_dir()
+        there = (paths.root() / "data" / "models" / key).is_dir()
         return Check("model", there, f"data/models/{key}" + ("" if there else " is not there"))
     if in_cache(row):
         return Check("model", True, f"{row.hub} is in the cache")

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from alea_lib.runs import places
+from alea_lib.runs import paths, places
 from alea_lib.runs.checks import Gpu, gpu, version
 from alea_lib.runs.paths import RunError
 
@@ -41,7 +41,7 @@ SMALL = "scenes"
 
 def cell() -> str:
     """The cell's source, with the address and branch that _config.yml names."""
-    repository = places.read_yaml((places.root() / "_config.yml").read_text(encoding="utf-8"))["repository"]
+    repository = paths.read_yaml((paths.root() / "_config.yml").read_text(encoding="utf-8"))["repository"]
     url = repository["url"].rstrip("/")
     return CELL.format(url=url, ref=repository["branch"], name=url.rsplit("/", 1)[1])
 
@@ -70,7 +70,7 @@ def prepare_colab() -> None:
 
     RunError with pip's last lines if something cannot be installed.
     """
-    root = places.root()
+    root = paths.root()
     paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     _install(root)
@@ -101,7 +101,7 @@ def advice(card: Gpu | None) -> str:
     """The largest profile that fits, in a line."""
     if card is None:
         return f'no GPU: set PROFILE = "{SMALL}" (the small world), or choose a GPU under Runtime > Change runtime type'
-    names = [path.stem for path in (places.root() / "data" / "profiles").glob("*.yaml")]
+    names = [path.stem for path in (paths.root() / "data" / "profiles").glob("*.yaml")]
     asked = {name: needs.gpu_gib for name in names if (needs := places.read_profile(name).needs) and needs.gpu_gib}
     fits = [name for name, gib in sorted(asked.items(), key=lambda item: item[1]) if card.gib >= gib]
     also = f'"{fits[-1]}" fits; ' if fits else "no profile of a large model fits; "

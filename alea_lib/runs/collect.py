@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.runs import places
+from alea_lib.runs import paths, places
 from alea_lib.runs.imports import sources_id
 from alea_lib.runs.places import Job, MissingStage, RunError
 from alea_lib.runs.record import read_record
@@ -23,7 +23,7 @@ def finished(profile: str, jobs: list[Job]) -> list[Path]:
     """The folders of the jobs, all of them finished."""
     folders = []
     for job in jobs:
-        folder = places.run_dir(profile, job.stage, job.variant)
+        folder = paths.run_dir(profile, job.stage, job.variant)
         if not (folder / "run.json").exists():
             how = places.command(job.stage, job.variant, profile)
             raise MissingStage(f"{job.label} is not finished: {how}")
@@ -34,7 +34,7 @@ def finished(profile: str, jobs: list[Job]) -> list[Path]:
 def collect(profile: str) -> Path:
     """Write metrics.csv, notes.csv, runs.csv and the JOINED tables of a profile; returns their folder."""
     folders = finished(profile, [job for job in places.plan(profile) if not job.after_collect])
-    out = places.results_dir(profile)
+    out = paths.results_dir(profile)
     out.mkdir(parents=True, exist_ok=True)
     for name, table in tables(folders).items():
         _write(name, table, out / f"{name}.csv")
@@ -82,13 +82,13 @@ def publish(profile: str, stages: tuple[str, ...] = ()) -> Path:
     does not run.
     """
     jobs = [job for job in places.plan(profile) if not job.after_collect]
-    target = places.root() / "data" / "results" / profile
+    target = paths.root() / "data" / "results" / profile
     if unknown := sorted(set(stages) - {name for job in jobs for name in (job.stage, job.label)}):
         raise RunError(
             f"profile {profile} runs no {', '.join(unknown)}; it has {', '.join({j.stage: 0 for j in jobs})}"
         )
     if not stages:
-        source = places.results_dir(profile)
+        source = paths.results_dir(profile)
         if not any(source.glob("*.csv")):
             raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
         found, old = tables(finished(profile, jobs)), {}

@@ -11,7 +11,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alea_lib.runs import places
+from alea_lib.runs import paths, places
 from alea_lib.runs.checks import require
 from alea_lib.runs.collect import collect
 from alea_lib.runs.guard import guard
@@ -45,12 +45,12 @@ def check_parameters(notebook: Path, profile: str, variant: str, given: dict) ->
 def execute(notebook: str, profile: str, variant: str = "", given: dict | None = None, bar: bool = False) -> Path:
     """Execute notebooks/<notebook>.ipynb into its run's folder; the finished copy, or RunError."""
     given = given or {}
-    source = places.root() / "notebooks" / f"{Path(notebook).stem}.ipynb"
+    source = paths.root() / "notebooks" / f"{Path(notebook).stem}.ipynb"
     names = parameters(source) if source.exists() else {}
     variant = variant or str(given.get("VARIANT") or names.get("VARIANT") or "")
     check_parameters(source, profile, variant, given)
     require(profile)
-    folder = places.run_dir(profile, source.stem, variant)
+    folder = paths.run_dir(profile, source.stem, variant)
     folder.mkdir(parents=True, exist_ok=True)
     partial, failed, final = (folder / f"notebook{kind}.ipynb" for kind in (".partial", ".failed", ""))
     for path in (partial, failed, final, folder / "run.json"):
@@ -73,7 +73,7 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
             os.replace(partial, failed)
         if not isinstance(error, Exception):
             raise
-        seen = f"; see {failed.relative_to(places.root())}" if failed.exists() else ""
+        seen = f"; see {failed.relative_to(paths.root())}" if failed.exists() else ""
         raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{seen}") from error
     os.replace(partial, final)
     say(f"stage {label} finished in {time.time() - started:.0f} s")
@@ -89,7 +89,7 @@ def execute_needed(notebook: str, profile: str, variant: str = "") -> list[Path]
         raise RunError(f"profile {profile} does not run {stage}; it runs {', '.join(job.label for job in jobs)}")
     job = next((job for job in mine if job.variant == variant), mine[0])
     wanted = [other for other in jobs if not other.after_collect] if job.after_collect else _below(job)
-    missing = [o for o in wanted if not (places.run_dir(profile, o.stage, o.variant) / "run.json").exists()]
+    missing = [o for o in wanted if not (paths.run_dir(profile, o.stage, o.variant) / "run.json").exists()]
     made = [execute(other.stage, profile, other.variant) for other in missing]
     if job.after_collect:
         collect(profile)
@@ -133,7 +133,7 @@ def own_kernel():
         os.environ.update(
             JUPYTER_PATH=ahead(folder, "JUPYTER_PATH"),
             PYTHONPATH=ahead(PACKAGE.parent, "PYTHONPATH"),
-            ALEA_ROOT=str(places.root()),
+            ALEA_ROOT=str(paths.root()),
             PYTHONHASHSEED="0",
             OMP_NUM_THREADS="1",
             HF_HUB_DISABLE_PROGRESS_BARS="1",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.runs import places
+from alea_lib.runs import paths
 from alea_lib.runs.imports import Sources, cell_code, parse_cell, source_hashes, sources_id
 from alea_lib.runs.places import RunError
 
@@ -161,11 +161,11 @@ def published(profile: str) -> dict[str, str]:
     Compares the column sources_sha256 of data/results/<profile>/runs.csv with today's sources; without such a file
     nothing is known.
     """
-    path = places.root() / "data" / "results" / profile / "runs.csv"
+    path = paths.root() / "data" / "results" / profile / "runs.csv"
     if not path.exists():
         return {"": "unknown"}
     runs = pd.read_csv(path, dtype=str, keep_default_na=False)
-    notebooks = {path.stem: path for path in (places.root() / "notebooks").glob("*.ipynb")}
+    notebooks = {path.stem: path for path in (paths.root() / "notebooks").glob("*.ipynb")}
     states = {}
     for row in runs.to_dict("records"):
         stage = max((s for s in notebooks if row["stage"] == s or row["stage"].startswith(f"{s}-")), default="")

@@ -14,7 +14,7 @@ import pandas as pd
 from alea_lib import budget, hub
 from alea_lib.budget import Plan, Shape
 from alea_lib.hub import ModelRow
-from alea_lib.runs import checks, places
+from alea_lib.runs import checks, paths, places
 from alea_lib.runs.checks import Check
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.imports import parameters
@@ -69,7 +69,7 @@ def preview(profile: str) -> Preview:
 
 def resolved(profile: str, job: Job) -> dict:
     """The parameters of a job, none left open. RunError names what no one sets."""
-    notebook = places.root() / "notebooks" / f"{job.stage}.ipynb"
+    notebook = paths.root() / "notebooks" / f"{job.stage}.ipynb"
     check_parameters(notebook, profile, job.variant, {})
     settings = job_settings(profile, job)
     written = parameters(notebook)
@@ -83,7 +83,7 @@ def resolved(profile: str, job: Job) -> dict:
 
 
 def _stage(profile: str, job: Job, params: dict, model: _Model, published: dict[str, float]) -> dict:
-    folder = places.run_dir(profile, job.stage, job.variant)
+    folder = paths.run_dir(profile, job.stage, job.variant)
     record = read_record(folder) if (folder / "run.json").exists() else None
     settings = job_settings(profile, job)
     done = record is not None and all(record["params"].get(name) == value for name, value in settings.items())
@@ -100,14 +100,14 @@ def _stage(profile: str, job: Job, params: dict, model: _Model, published: dict[
         "disk_gib": (_size(folder) if done else _disk(job, params, model)) / 2**30,
         "params": params,
         "reads": [need.label for need in job.needs] + ["results/metrics.csv"] * job.after_collect,
-        "writes": folder.relative_to(places.root()).as_posix(),
+        "writes": folder.relative_to(paths.root()).as_posix(),
         "command": places.command(job.stage, job.variant, profile),
     }
 
 
 def _published(profile: str) -> dict[str, float]:
     """Seconds of a profile's published runs by stage."""
-    path = places.root() / "data" / "results" / profile / "runs.csv"
+    path = paths.root() / "data" / "results" / profile / "runs.csv"
     if not path.exists():
         return {}
     table = pd.read_csv(path)
@@ -182,7 +182,7 @@ def _downloads(model: _Model, parts: list[str]) -> list[tuple[str, int, bool]]:
         from alea_lib.worlds.coco import load_catalogue, needed
         from alea_lib.worlds.fetch import Lock
 
-        left = needed(load_catalogue(), parts, Lock(places.root() / "data" / "coco"))
+        left = needed(load_catalogue(), parts, Lock(paths.root() / "data" / "coco"))
         found.append((f"COCO: {', '.join(parts)}", left, not left))
     return found
 

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import pandas as pd
 
 from alea_lib.files import hash_of, sha256, write_json
-from alea_lib.runs import places, rows
+from alea_lib import hub
+from alea_lib.runs import places, , paths
 from alea_lib.runs.imports import Sources, source_hashes
 from alea_lib.runs.places import MissingStage, RunError
 
@@ -64,7 +65,7 @@ class Run:
         self.inputs: dict[str, dict] = {}
         self._run_id = ""
         self._started = time.time()
-        notebook = places.root() / "notebooks" / f"{stage}.ipynb"  # now: what changes while this runs did not make it
+        notebook = paths.root() / "notebooks" / f"{stage}.ipynb"  # now: what changes while this runs did not make it
         self._sources = source_hashes(notebook, params, variant) if notebook.exists() else Sources({}, {})
         self.dir = _free_folder(stage, profile, variant)
         _make_ready(self.dir)
@@ -88,7 +89,7 @@ class Run:
 
     def input(self, stage: str, variant: str = "") -> Path:
         """The folder of a finished upstream run, recorded as something this run read."""
-        folder = places.run_dir(self.profile, stage, variant)
+        folder = paths.run_dir(self.profile, stage, variant)
         if not (folder / "run.json").exists():
             raise MissingStage(
                 f"{self.stage} reads {folder.name}, which is not finished: "
@@ -104,8 +105,8 @@ class Run:
         ``data/models/<key>/...`` of a model that is not in the repository stands for the model: one of data/hub.yaml or
         of the hub is recorded by its revision and how it is loaded, one in another folder by its files.
         """
-        path = places.root() / path
-        if not path.exists() and (found := rows.outside(path)):
+        path = paths.root() / path
+        if not path.exists() and (found := hub.outside(path)):
             self._declare(*found)
             return path
         if not path.exists():
@@ -116,7 +117,7 @@ class Run:
     def results(self) -> Path:
         """The folder of the joined tables, for pages that compare runs: metrics.csv is declared as read, others of
         its tables are to be declared by ``uses``."""
-        folder = places.results_dir(self.profile)
+        folder = paths.results_dir(self.profile)
         if not (folder / "metrics.csv").exists():
             raise MissingStage(f"{self.stage} reads the joined tables: make study PROFILE={self.profile}")
         self.uses(folder / "metrics.csv")
@@ -179,7 +180,7 @@ class Run:
 
 def _free_folder(stage: str, profile: str, variant: str) -> Path:
     """The run's folder; one beside it where a finished run lies (``execute`` has removed that before)."""
-    folder = places.run_dir(profile, stage, variant)
+    folder = paths.run_dir(profile, stage, variant)
     if not (folder / "run.json").exists():
         return folder
     aside = folder.with_name(f"{folder.name}.by-hand")
@@ -199,7 +200,7 @@ def _make_ready(folder: Path) -> None:
 
 def _name(path: Path, base: Path | None = None) -> str:
     """A path in records: relative to the repository; outside it the bare name (no machine's paths)."""
-    base = base or places.root()
+    base = base or paths.root()
     return path.relative_to(base).as_posix() if path.is_relative_to(base) else path.name
 
 
@@ -208,7 +209,7 @@ def code() -> dict:
 
     def git(*args: str) -> str | None:
         try:
-            done = subprocess.run(["git", *args], cwd=places.root(), capture_output=True, text=True, timeout=20)
+            done = subprocess.run(["git", *args], cwd=paths.root(), capture_output=True, text=True, timeout=20)
         except (OSError, subprocess.TimeoutExpired):
             return None
         return done.stdout.strip() if done.returncode == 0 else None

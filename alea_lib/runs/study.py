@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import psutil
 
-from alea_lib.runs import places, rows
+from alea_lib import hub
+from alea_lib.runs import places, , paths
 from alea_lib.runs.book import pages
 from alea_lib.runs.checks import require
 from alea_lib.runs.execute import check_parameters
@@ -33,9 +34,9 @@ CHATTER = (
 
 def job_settings(profile: str, job: Job) -> dict:
     """The parameters a profile gives to a job: its section, and the common ones its notebook asks for."""
-    path = places.root() / "data" / "profiles" / f"{profile}.yaml"
+    path = paths.root() / "data" / "profiles" / f"{profile}.yaml"
     asked = _profile(path, path.stat().st_mtime_ns)
-    names = parameters(places.root() / "notebooks" / f"{job.stage}.ipynb")
+    names = parameters(paths.root() / "notebooks" / f"{job.stage}.ipynb")
     shared = {key: value for key, value in places.common(asked).items() if key in names}
     return {**shared, **places.settings(asked, job.stage, job.variant)}
 
@@ -63,22 +64,22 @@ def stale_reason(profile: str, job: Job, at: Path | None = None) -> str:
 
 
 def _record(profile: str, job: Job) -> Path:
-    return places.run_dir(profile, job.stage, job.variant) / "run.json"
+    return paths.run_dir(profile, job.stage, job.variant) / "run.json"
 
 
 def _kept_record(profile: str, job: Job) -> Path:
     """A run's record while it is drawn again: with it, a drawing that fails does not cost the numbers."""
-    return places.root() / ".snakemake" / "drawing" / profile / f"{job.label}.json"
+    return paths.root() / ".snakemake" / "drawing" / profile / f"{job.label}.json"
 
 
 def _sources(job: Job, record: dict) -> Sources:
-    return source_hashes(places.root() / "notebooks" / f"{job.stage}.ipynb", record["params"], record["variant"])
+    return source_hashes(paths.root() / "notebooks" / f"{job.stage}.ipynb", record["params"], record["variant"])
 
 
 def _input_changed(name: str, content: dict, written: float) -> str:
     """Why an input outside the runs is not what a record of that time read."""
-    path, key = places.root() / name, name.removeprefix("data/hub.yaml: ")
-    if key != name and (row := rows.model_row(key)) and rows.fingerprint(row) != content:
+    path, key = paths.root() / name, name.removeprefix("data/hub.yaml: ")
+    if key != name and (row := hub.model_row(key)) and hub.fingerprint(row) != content:
         return f"the row of {key} in data/hub.yaml has changed"
     if "run_id" in content or not path.exists():
         return ""
@@ -125,7 +126,7 @@ def _own_step(profile: str, job: Job, shown: bool) -> Step:
 
 def _readers_step(profile: str, job: Job, steps: dict[str, Step], joined: list[Job]) -> Step | None:
     """What a job needs for what it reads: other runs, or the tables of all that is joined."""
-    tables = places.results_dir(profile) / "metrics.csv"
+    tables = paths.results_dir(profile) / "metrics.csv"
     reads = [*job.needs, *(joined if job.after_collect else ())]
     again = [other.label for other in reads if steps[other.label].what == "run"]
     if again:
@@ -147,7 +148,7 @@ def refresh(profile: str) -> None:
     that was killed between its record and its notebook.
     """
     for job in places.plan(profile):
-        check_parameters(places.root() / "notebooks" / f"{job.stage}.ipynb", profile, job.variant, {})
+        check_parameters(paths.root() / "notebooks" / f"{job.stage}.ipynb", profile, job.variant, {})
     steps = planned(profile)
     for job in places.plan(profile):
         step, found = steps[job.label], [_record(profile, job), _kept_record(profile, job)]
@@ -156,7 +157,7 @@ def refresh(profile: str) -> None:
             for path in found:
                 path.unlink(missing_ok=True)
     if any(steps[job.label].gone for job in places.plan(profile) if not job.after_collect):
-        (places.results_dir(profile) / "metrics.csv").unlink(missing_ok=True)  # what is joined is asked for again
+        (paths.results_dir(profile) / "metrics.csv").unlink(missing_ok=True)  # what is joined is asked for again
 
 
 def draw(profile: str, workers: int) -> bool:
@@ -183,7 +184,7 @@ def _draw(profile: str, job: Job) -> bool:
         kept.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(own, kept)  # with its time
     command = [sys.executable, "-m", "alea_lib.runs", "execute", job.stage, "--variant", job.variant, "--quiet"]
-    done = subprocess.run([*command, "--profile", profile], cwd=places.root(), env=_environment())
+    done = subprocess.run([*command, "--profile", profile], cwd=paths.root(), env=_environment())
     if done.returncode:
         return False
     old, new = json.loads(kept.read_text(encoding="utf-8")), read_record(own.parent)
@@ -200,7 +201,7 @@ def before(job: Job) -> set[Job]:
 
 def _environment() -> dict[str, str]:
     """For a process that ends when this one does."""
-    return {**os.environ, "ALEA_WATCH": str(os.getpid()), "ALEA_ROOT": str(places.root())}
+    return {**os.environ, "ALEA_WATCH": str(os.getpid()), "ALEA_ROOT": str(paths.root())}
 
 
 def study(profile: str, jobs: int, target: str = "all", only: tuple[str, ...] = ()) -> int:
@@ -208,7 +209,7 @@ def study(profile: str, jobs: int, target: str = "all", only: tuple[str, ...] = 
     returns Snakemake's exit status. RunError, before anything starts, when the profile's needs are not met (see
     ``checks.require``)."""
     require(profile)
-    root = places.root()
+    root = paths.root()
     wanted = [f"data/runs/{profile}/{job.label}/run.json" for job in places.plan(profile) if job.stage in only]
     if only and not wanted:
         raise RunError(f"profile {profile} runs none of {', '.join(only)}")

@@ -17,16 +17,16 @@ from PIL import Image
 from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from alea_lib.adversary.prefix import PrefixSettings, fit_prefix, random_prefix
 from alea_lib.edit.delta import applied, delta_of
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.settings import EditSettings
+from alea_lib.hooks import full_weight
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
-from alea_lib.adversary.prefix import PrefixSettings, fit_prefix, random_prefix
 from alea_lib.stats import RESAMPLES, interval
 from alea_lib.tables import write_csv
 from alea_lib.tail import capture
-from alea_lib.hooks import full_weight
 from alea_lib.worlds.describe import noun_phrase
 from alea_lib.worlds.scenes import objects
 

@@ -57,7 +57,7 @@ def tests(out: Path, device: str) -> None:
 
 def captions(out: Path, device: str, n: int) -> None:
     """Captions of the small world's shipped model on the device, beside those of the CPU."""
-    from alea_lib.vlm import load
+    from alea_lib.loading import load
     from alea_lib.worlds.scenes import compose, sample
 
     images, texts, seconds = [compose(sample("test", i))[0] for i in range(n)], [], []

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from alea_lib.families import family
-from alea_lib.vlm import VLM, Reader, keep_trainable_on_cpu
+from alea_lib.loading import Reader, keep_trainable_on_cpu
+from alea_lib.vlm import VLM
 
 from .settings import Size
 
