@@ -6,7 +6,7 @@ import pandas as pd
 
 from .phrases import in_points
 from .rivals.compare import BASE, COLUMNS, CONTROLS, MEASURES, best_baseline, better_than
-from .runs.places import root
+from .runs.paths import root
 from .tables import DIFFERENCE, read_csv
 
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from .runs.places import RunError, root
+from .runs.paths import RunError, root
 
 HALF, FULL = 2, 4  # bytes of a number
 BLOCK, NESTED = 64, 256  # numbers that share a scale in NF4, and scales that share one when quantised twice

@@ -6,7 +6,7 @@ import pandas as pd
 
 from .edit.ablate import FACTORS
 from .phrases import in_points, percent
-from .runs.places import root
+from .runs.paths import root
 from .tables import read_csv
 
 

@@ -176,3 +176,8 @@ def read_parquet(path: PathLike) -> pd.DataFrame:
         raise
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a Parquet table ({error}); delete it and run its stage again") from error
+
+
+def read_record(folder: Path) -> dict:
+    """The run.json of a finished run."""
+    return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))

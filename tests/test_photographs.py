@@ -14,7 +14,8 @@ from serving import Server, tiny_coco, write_catalogue
 
 from alea_lib.runs import preview
 from alea_lib.runs.execute import check_parameters
-from alea_lib.runs.places import load_profile, plan, read_yaml
+from alea_lib.runs.paths import read_yaml
+from alea_lib.runs.places import load_profile, plan
 from alea_lib.runs.record import read_record
 from alea_lib.tables import read_jsonl, read_metrics
 from alea_lib.verdicts import ADVERSARY, NOT_RUN

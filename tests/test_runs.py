@@ -33,7 +33,7 @@ from alea_lib.runs.execute import brief, execute, hide_injected
 from alea_lib.runs.guard import guard
 from alea_lib.runs.imports import parameters, source_hashes
 from alea_lib.runs.modules import syntax
-from alea_lib.runs.places import read_yaml
+from alea_lib.runs.paths import read_yaml
 from alea_lib.runs.study import clear_stale_lock, stale_reason
 from alea_lib.tables import read_csv, read_parquet
 

@@ -11,7 +11,8 @@ import pandas as pd
 from alea_lib.runs import guard, paths, places
 from alea_lib.runs.collect import finished, run_table
 from alea_lib.runs.imports import source_hashes
-from alea_lib.runs.places import Job, RunError
+from alea_lib.runs.paths import RunError
+from alea_lib.runs.places import Job
 from alea_lib.runs.record import read_record
 
 

@@ -70,10 +70,9 @@ def prepare_colab() -> None:
 
     RunError with pip's last lines if something cannot be installed.
     """
-    root = paths.root()
-    paths = [str(root), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-    _install(root)
+    folders = [str(paths.root()), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(folders))
+    _install(paths.root())
     print(advice(gpu()))
 
 

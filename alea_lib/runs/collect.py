@@ -7,7 +7,8 @@ import pandas as pd
 
 from alea_lib.runs import paths, places
 from alea_lib.runs.imports import sources_id
-from alea_lib.runs.places import Job, MissingStage, RunError
+from alea_lib.runs.paths import MissingStage, RunError
+from alea_lib.runs.places import Job
 from alea_lib.runs.record import read_record
 
 RUN_COLUMNS = (

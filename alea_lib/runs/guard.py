@@ -15,7 +15,7 @@ import pandas as pd
 
 from alea_lib.runs import paths
 from alea_lib.runs.imports import Sources, cell_code, parse_cell, source_hashes, sources_id
-from alea_lib.runs.places import RunError
+from alea_lib.runs.paths import RunError
 
 LINES = 15  # of a code cell, without imports and empty lines
 EMBEDS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}

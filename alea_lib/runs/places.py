@@ -7,31 +7,13 @@ from dataclasses import dataclass
 
 from alea_lib.runs.imports import parameters
 from alea_lib.runs.paths import (
-    MissingStage,
     RunError,
     nearest,
     read_data,
     read_yaml,
-    results_dir,
     root,
-    run_dir,
 )
 from alea_lib.runs.schema import Profile, Reads, validated
-
-__all__ = [
-    "Job",
-    "MissingStage",
-    "RunError",
-    "command",
-    "common",
-    "load_profile",
-    "plan",
-    "read_yaml",
-    "results_dir",
-    "root",
-    "run_dir",
-    "settings",
-]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from alea_lib.runs import checks, paths, places
 from alea_lib.runs.checks import Check
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.imports import parameters
-from alea_lib.runs.places import Job, RunError
+from alea_lib.runs.paths import RunError
+from alea_lib.runs.places import Job
 from alea_lib.runs.record import read_record
 from alea_lib.runs.study import job_settings
 

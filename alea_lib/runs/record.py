@@ -14,19 +14,14 @@ from types import SimpleNamespace
 
 import pandas as pd
 
-from alea_lib.files import hash_of, sha256, write_json
 from alea_lib import hub
-from alea_lib.runs import places, , paths
+from alea_lib.files import hash_of, read_record, sha256, write_json
+from alea_lib.runs import paths, places
 from alea_lib.runs.imports import Sources, source_hashes
-from alea_lib.runs.places import MissingStage, RunError
+from alea_lib.runs.paths import MissingStage, RunError
 
 # Files that hold times or names of runs may differ between equal runs: recorded, but no part of a run's id.
 UNSTABLE = ("run.json", "*.ipynb", "scores.csv", "notes.csv", "localisation.csv", "timing*", "*.log", "checkpoint*")
-
-
-def read_record(folder: Path) -> dict:
-    """The run.json of a finished run."""
-    return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
 
 
 def begin(stage: str, profile: str, variant: str = "", **params) -> "Run":

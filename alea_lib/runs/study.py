@@ -15,13 +15,14 @@ from typing import NamedTuple
 import psutil
 
 from alea_lib import hub
-from alea_lib.runs import places, , paths
+from alea_lib.runs import paths, places
 from alea_lib.runs.book import pages
 from alea_lib.runs.checks import require
 from alea_lib.runs.execute import check_parameters
 from alea_lib.runs.guard import changed
 from alea_lib.runs.imports import Sources, parameters, source_hashes
-from alea_lib.runs.places import Job, RunError
+from alea_lib.runs.paths import RunError
+from alea_lib.runs.places import Job
 from alea_lib.runs.record import read_record, sha256
 
 # What Snakemake says beside errors (--quiet all would hide those too), or after one that a stage explained.

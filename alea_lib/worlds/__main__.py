@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from ..runs.places import RunError, root
+from ..runs.paths import RunError, root
 from ..tables import DataError
 from .coco import EDITIONS, PARTS, Catalogue, check_coco, fetch_coco, load_catalogue, needed
 from .fetch import DEFAULT, FetchSettings, Lock, gib

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from ..measures.pope import read_pope
 from ..measures.pope_make import SETTINGS
-from ..runs.places import read_yaml, root
+from ..runs.paths import read_yaml, root
 from ..tables import DataError, replacing
 from .fetch import DEFAULT, FetchError, FetchSettings, Item, Lock, alone, fetch, missing, require_space
 from .write import World

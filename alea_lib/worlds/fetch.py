@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 
-from ..runs.places import RunError
+from ..runs.paths import RunError
 from ..tables import DiskFullError, replacing
 
 CHUNK = 1 << 16

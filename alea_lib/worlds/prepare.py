@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from ..runs.places import root
+from ..runs.paths import root
 from ..tables import DataError
 from .write import World, make_scenes
 

@@ -26,7 +26,7 @@ from ..measures.amber_make import make_amber, write_amber
 from ..measures.mme_make import Wording, make_mme, write_mme
 from ..measures.pope_make import SETTINGS, make_pope
 from ..measures.truth import read_truth
-from ..runs.places import root
+from ..runs.paths import root
 from ..tables import write_jsonl
 from .describe import caption, colour_question, count_question, existence_question, references, side_question
 from .lexicon import load_lexicon
