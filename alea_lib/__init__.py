@@ -9,9 +9,9 @@ import importlib
 _EXPORTS = {
     "begin": "runs.record",
     "prepare_colab": "runs.colab",
-    "root": "runs.places",
-    "run_dir": "runs.places",
-    "results_dir": "runs.places",
+    "root": "runs.paths",
+    "run_dir": "runs.paths",
+    "results_dir": "runs.paths",
     "make_scenes": "worlds.write",
     "fetch_coco": "worlds.coco",
     "World": "worlds.write",
