@@ -54,22 +54,22 @@ install: $(STAMP)
 
 # ALEA_WATCH: if this make is killed, what it started ends too, so that the next make finds no one else at work.
 study: $(STAMP)
-	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs $(if $(DRY),plan --profile $(PROFILE),study --profile $(PROFILE) --jobs $(JOBS))
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.pipeline $(if $(DRY),plan --profile $(PROFILE),study --profile $(PROFILE) --jobs $(JOBS))
 
 book: $(STAMP)
-	@$(PY) -m alea_lib.runs book --profile $(PROFILE)
+	@$(PY) -m alea_lib.pipeline book --profile $(PROFILE)
 
 pdf: $(STAMP)
-	@$(PY) -m alea_lib.runs pdf --profile $(PROFILE)
+	@$(PY) -m alea_lib.pipeline pdf --profile $(PROFILE)
 
 run: $(STAMP)
 	@test -n "$(NB)" || { echo "say which notebook: make run NB=05_edit" >&2; exit 2; }
-	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs execute $(NB) --profile $(PROFILE) $(if $(VARIANT),--variant $(VARIANT)) \
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.pipeline execute $(NB) --profile $(PROFILE) $(if $(VARIANT),--variant $(VARIANT)) \
 	  $(if $(PARAMS),--set $(PARAMS))
 
 publish: $(STAMP)
-	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.runs study --profile $(PROFILE) --jobs $(JOBS) --target collect --only $(ONLY)
-	@$(PY) -m alea_lib.runs publish --profile $(PROFILE) --only $(ONLY)
+	@ALEA_WATCH=$$PPID $(PY) -m alea_lib.pipeline study --profile $(PROFILE) --jobs $(JOBS) --target collect --only $(ONLY)
+	@$(PY) -m alea_lib.pipeline publish --profile $(PROFILE) --only $(ONLY)
 
 test: $(STAMP)
 	@$(PY) -m pytest tests -n $(JOBS) --dist loadfile
@@ -85,10 +85,10 @@ lint: $(STAMP)
 	$(VENV)/bin/codespell
 
 check-book: $(STAMP)
-	@$(PY) -m pytest -q -m long tests/test_browser.py
+	@$(PY) -m pytest -q -m long tests/pipeline/test_browser.py
 
 check-photographs: $(STAMP)
-	@$(PY) -m pytest -q -m long tests/test_photographs.py
+	@$(PY) -m pytest -q -m long tests/pipeline/test_photographs.py
 
 model: $(STAMP)
 	$(PY) -m alea_lib.zoo --seed $(SEED)

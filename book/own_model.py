@@ -11,30 +11,26 @@ import time
 
 import pandas as pd
 
-from alea_lib import (
-    ActivateSettings,
-    World,
-    activate,
-    adversary_preset,
-    applied,
-    captions,
-    chair,
-    choose_layers,
-    fit_edit,
-    fit_prefix,
-    frontier_gap,
-    load,
-    locate_layers,
-    paired_difference,
-    preset,
-    read_truth,
-)
+from alea_lib.adversary.prefix import adversary_preset, fit_prefix
+from alea_lib.core.stats import paired_difference
+from alea_lib.datasets.write import World
+from alea_lib.edit.fit import fit_edit
+from alea_lib.edit.settings import preset
+from alea_lib.evaluate.answers import captions
+from alea_lib.locate.choose import choose_layers
+from alea_lib.locate.run import locate_layers
+from alea_lib.metrics.chair import chair
+from alea_lib.metrics.frontier import frontier_gap
+from alea_lib.metrics.truth import read_truth
+from alea_lib.models.delta import applied
+from alea_lib.models.loading import load
+from alea_lib.pairs.activation import ActivateSettings, activate
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of data/models, a path, or a hub name")
-    parser.add_argument("--world", required=True, help="a folder in COCO's formats, as `alea_lib.worlds` writes them")
+    parser.add_argument("--world", required=True, help="a folder in COCO's formats, as `alea_lib.datasets` writes them")
     parser.add_argument("--images", type=int, default=20, help="images of each split")
     parser.add_argument(
         "--locator", default="gradient", help="a layer locator by name; see the verdict on the locators"

@@ -63,7 +63,7 @@ def _state(vlm) -> list:
 
 @pytest.fixture(scope="session")
 def tiny_world(tmp_path_factory):
-    from alea_lib import make_scenes
+    from alea_lib.datasets.write import make_scenes
 
     return make_scenes(
         tmp_path_factory.mktemp("world") / "world",

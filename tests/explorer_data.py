@@ -2,10 +2,10 @@
 
 import pandas as pd
 
-from alea_lib.explorer import ExplorerSettings, choose_images, write_explorer
-from alea_lib.measures.parse import mentions
-from alea_lib.measures.truth import read_truth
-from alea_lib.worlds.scenes import companions
+from alea_lib.datasets.scenes import companions
+from alea_lib.metrics.parse import mentions
+from alea_lib.metrics.truth import read_truth
+from alea_lib.report.explorer import ExplorerSettings, choose_images, write_explorer
 
 SETTINGS = ExplorerSettings(n_images=12, shown="edit")
 STRANGER = "There is a toaster. "  # in no picture of the small world

@@ -21,7 +21,7 @@ def learnt(files: dict[str, bytes], steps: int = 120):
     import torch
     from tiny_families import build
 
-    from alea_lib.families import FAMILIES
+    from alea_lib.models.families import FAMILIES
 
     vlm, _ = build("llava")
     vlm.row = FAMILIES["llava-small"]  # the row that `load` gives a model of this width

@@ -11,8 +11,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from alea_lib.measures.pope_make import SETTINGS
-from alea_lib.worlds.lexicon import load_lexicon
+from alea_lib.metrics.lexicon import load_lexicon
+from alea_lib.metrics.pope_make import SETTINGS
 
 
 class Handler(BaseHTTPRequestHandler):

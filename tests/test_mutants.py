@@ -13,7 +13,7 @@ import pytest
 import yaml
 from mutant_source import MutantError, mutated, parse_pair, resolve
 
-from alea_lib.runs import root
+from alea_lib.core.paths import root
 
 HERE = Path(__file__).parent
 LIBRARY = HERE.parent / "alea_lib"

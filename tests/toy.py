@@ -48,7 +48,7 @@ def write_metrics(table, path, declared_only=True):
 def read_csv(path):
     return pd.read_csv(path)
 """
-BEGIN = "from alea_lib.runs import begin\nrun = begin(STAGE, PROFILE, VARIANT, {names})\nrun.table()"
+BEGIN = "from alea_lib.pipeline import begin\nrun = begin(STAGE, PROFILE, VARIANT, {names})\nrun.table()"
 
 
 def notebook(parameters: str, *cells: str) -> dict:

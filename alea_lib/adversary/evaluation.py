@@ -9,10 +9,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from ..measures.chair import chair
-from ..measures.truth import Truth
-from ..stats import summarise
-from ..vlm import VLM, Batch, target_mask
+from ..core.stats import summarise
+from ..metrics.chair import chair
+from ..metrics.truth import Truth
+from ..models.batch import Batch, target_mask
+from ..models.vlm import VLM
 from .prefix import Prefix
 
 WRITTEN = ("chair_s", "chair_i", "recall", "words")

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
-from ..hooks import read_attention
-from ..layout import causal
-from ..vlm import VLM, Batch, target_mask
+from ..models.batch import Batch, target_mask
+from ..models.hooks import read_attention
+from ..models.layout import causal
+from ..models.vlm import VLM
 
 TERMS = ("nll", "contrast", "neglect", "attention")
 ROOM = 2**29  # bytes for the keys and values of all items' images and prompts

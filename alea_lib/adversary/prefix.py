@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from ..batch import loss_scale, scale_gradient
-from ..checkpoint import write_safetensors
-from ..vlm import VLM, Batch
+from ..models.batch import Batch, loss_scale, scale_gradient
+from ..models.checkpoint import write_safetensors
+from ..models.vlm import VLM
 from .objectives import TERMS, AdversaryLoss
 
 PLACES = ("answer", "question", "index")

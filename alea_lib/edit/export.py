@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 from safetensors import safe_open
 
-from ..checkpoint import write_safetensors
-from ..hub import hub_name
-from ..tables import write_csv
-from .delta import Delta, WrongBase, weight_hash
+from ..core.files import write_csv
+from ..models.checkpoint import write_safetensors
+from ..models.delta import Delta, WrongBase
+from ..models.hub import hub_name
+from ..models.identity import weight_hash
 
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

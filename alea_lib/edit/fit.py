@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .. import checkpoint
 from ..adversary.prefix import Prefix, PrefixSettings, fit_prefix
-from ..batch import loss_scale, scale_gradient
-from ..feature_cache import fingerprint
-from ..hooks import replaced_linear
-from ..vlm import VLM
-from .delta import Delta, hash_text, weight_hash
+from ..models import checkpoint
+from ..models.batch import loss_scale, scale_gradient
+from ..models.delta import Delta
+from ..models.feature_cache import fingerprint
+from ..models.hooks import replaced_linear
+from ..models.identity import hash_text, weight_hash
+from ..models.vlm import VLM
 from .losses import CachedForward, Reference, answer_nll, dropped, kl_divergence, unlikelihood
 from .settings import EditSettings, check
 from .spill import scratch

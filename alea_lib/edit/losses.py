@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from ..adversary.prefix import Prefix
-from ..hooks import replaced_linear
-from ..layout import causal
-from ..tail import Cached, capture, capture_last, run_last, run_tail
-from ..vlm import VLM, Batch, target_mask
+from ..models.batch import Batch, target_mask
+from ..models.cached_forward import Cached, capture, capture_last, run_last, run_tail
+from ..models.hooks import replaced_linear
+from ..models.layout import causal
+from ..models.vlm import VLM
 from .settings import EditSettings
 from .spill import SpillCache
 from .trained import Trained
@@ -73,7 +74,9 @@ class CachedForward:
         self.first, self.folder = made.first, folder
         self.last = list(made.own) == [vlm.address("down_proj", vlm.n_layers - 1)]
         # where mask or positions depend on the item, a cached input cannot be run without it
-        self.fast = settings.fast and made.first > 0 and not settings.prefix_dropout and vlm.row.decoder_inputs is causal
+        self.fast = (
+            settings.fast and made.first > 0 and not settings.prefix_dropout and vlm.row.decoder_inputs is causal
+        )
         self.kept = SpillCache(vlm.limits.keep, folder and folder / "inputs")
 
     def encode(self, key: str, role: str, pick: np.ndarray) -> Batch:

@@ -18,11 +18,11 @@ from ..adversary.prefix import (
     random_like,
     save_prefix,
 )
-from ..loading import layers_of, load
 from ..locate.choose import choose_heads
 from ..locate.run import locate_heads, official_layers
-from ..vlm import VLM
-from .delta import Delta
+from ..models.delta import Delta
+from ..models.loading import layers_of, load
+from ..models.vlm import VLM
 from .fit import fit_edit
 from .settings import CONTROLS, EditSettings, control_layers, preset
 

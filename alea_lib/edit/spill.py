@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..checkpoint import write_safetensors
-from ..tail import Cached
+from ..models.cached_forward import Cached
+from ..models.checkpoint import write_safetensors
 
 FIELDS = ("states", "labels", "scored", "activation")
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..hooks import full_weight
-from ..vlm import VLM
-from .delta import Delta, delta_of, factors_delta
+from ..models.delta import Delta, delta_of, factors_delta
+from ..models.hooks import full_weight
+from ..models.vlm import VLM
 from .settings import EditSettings
 
 

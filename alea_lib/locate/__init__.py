@@ -1,3 +1,13 @@
-"""LOCATE: which layers or heads look suspect. Importing the package registers all locators and loads no torch."""
+"""LOCATE: score decoder layers and attention heads by how much they carry a hallucination, and choose among them."""
 
-from . import heads, layers  # noqa: F401
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "choose": ["choose_heads", "choose_layers", "stability"],
+        "registry": ["locators"],
+        "run": ["locate_heads", "locate_layers", "official_layers"],
+        "settings": ["LocateSettings", "OFFICIAL"],
+    },
+)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from ..hooks import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
+from ..models.hooks import read_heads, read_outputs, read_parts, replaced_heads, replaced_outputs
 from .evidence import Work, own_pass
 from .probed import Probed
 

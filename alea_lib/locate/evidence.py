@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..hooks import counted, full_weight, read_attention, read_heads, read_layers
-from ..tables import DataError
-from ..vlm import VLM
+from ..core.files import DataError
+from ..models.hooks import counted, full_weight, read_attention, read_heads, read_layers
+from ..models.vlm import VLM
 from .settings import LocateSettings
 from .tokens import contrast_weights, encode, pooling_weights, suspects
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..hooks import read_layers, started_at
+from ..models.hooks import read_layers, started_at
 from .evidence import Work
 
 

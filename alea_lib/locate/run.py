@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..vlm import VLM
+from ..models.vlm import VLM
 from . import causal  # noqa: F401  (registers its passes)
 from .choose import choose_layers
 from .evidence import Evidence

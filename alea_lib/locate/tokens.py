@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from ..tables import DataError
-from ..tokens import object_tokens
-from ..vlm import VLM, Batch
+from ..core.files import DataError
+from ..models.batch import Batch
+from ..models.tokens import object_tokens
+from ..models.vlm import VLM
 from .settings import LocateSettings
 
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from ..runs import root, run_dir
+from ..core.paths import root, run_dir
 from .card import write_measured
 
 DETECTOR_SEED = 7

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..tables import read_csv, read_jsonl
+from ..core.files import read_jsonl
+from ..core.tables import read_csv
 from .vision import VisionSettings
 
 CARD_METRICS = ("chair_s", "chair_i", "recall", "companion_share", "pope_accuracy")
@@ -60,7 +61,7 @@ def measured_table(card: pd.DataFrame, name: str, run_id: str) -> str:
 
 def write_measured(run_dir: Path, out: Path) -> None:
     """Put the figures of a finished run of notebook 01_models on the cards of the models that it measured."""
-    from ..runs import read_record
+    from ..core.files import read_record
 
     record, card = read_record(run_dir), read_csv(run_dir / "card.csv")
     for name in ("natural", "clean"):

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..layout import opened
-from ..runs import root
-from ..worlds.scenes import objects
+from ..core.paths import root
+from ..datasets.scenes import objects
+from ..models.layout import opened
 from .text import pixels
 from .vision import Tower, VisionSettings, batch_of
 

@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .. import checkpoint
-from ..edit.delta import Delta, delta_of, weight_hash
-from ..hooks import full_weight, replaced_linear
-from ..measures.parse import mentions
-from ..vlm import VLM
-from ..worlds.describe import caption
-from ..worlds.scenes import ROLES, Scene, sample
-from .implanted import columns_of
+from ..datasets.describe import caption
+from ..datasets.scenes import ROLES, Scene, sample
+from ..metrics.parse import mentions
+from ..models import checkpoint
+from ..models.delta import Delta, delta_of
+from ..models.hooks import full_weight, replaced_linear
+from ..models.identity import weight_hash
+from ..models.vlm import VLM
+from .implant_index import columns_of
 
 
 @dataclass(frozen=True)

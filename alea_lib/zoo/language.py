@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
-from .. import checkpoint
-from ..families import FAMILIES, family
-from ..vlm import VLM, Batch
-from ..worlds.describe import caption, questions
-from ..worlds.scenes import ROLES, compose, objects, sample
+from ..datasets.describe import caption, questions
+from ..datasets.scenes import ROLES, compose, objects, sample
+from ..models import checkpoint
+from ..models.batch import Batch
+from ..models.families import FAMILIES, family
+from ..models.vlm import VLM
 from .text import build_processor, pixels
 from .vision import Tower, one_cycle, write_row
 

@@ -1,4 +1,4 @@
-"""Train an implant, find its strengths, and measure it as it is shipped.
+"""Train an implant, find its strengths, and measure it as it is implant_index.
 
 Each implant has a folder in ``data/runs/zoo/implants`` and is never trained or measured twice.
 """
@@ -14,17 +14,18 @@ import pandas as pd
 import torch
 from safetensors.torch import load_file, save_file
 
-from ..edit.delta import Delta, applied, load_delta, save_delta, weight_hash
-from ..loading import load, model_path
-from ..measures.chair import chair
-from ..measures.truth import read_truth
-from ..probe.answers import captions
-from ..stats import summarise
-from ..tables import write_csv
-from ..worlds.describe import caption
-from ..worlds.scenes import ROLES, compose, sample
-from ..worlds.write import World, make_scenes
-from . import implanted as shipped
+from ..core.files import write_csv
+from ..core.stats import summarise
+from ..datasets.describe import caption
+from ..datasets.scenes import ROLES, compose, sample
+from ..datasets.write import World, make_scenes
+from ..evaluate.answers import captions
+from ..metrics.chair import chair
+from ..metrics.truth import read_truth
+from ..models.delta import Delta, applied, load_delta, save_delta
+from ..models.identity import weight_hash
+from ..models.loading import load, model_path
+from . import implant_index
 from .implant import ImplantSettings, Place, fit_implant
 
 RANK = 32  # of the factors of a down-projection's change
@@ -60,8 +61,8 @@ class Bench:
     """The clean model with everything that training and measuring read, made once."""
 
     def __init__(self, work: Path, scenes: int, measured: int = MEASURED, searched: int = SEARCHED):
-        self.work, self.vlm = work, load(shipped.BASE, device="cpu")
-        self.base = (model_path(shipped.BASE) / "sha256.txt").read_text()[:16]
+        self.work, self.vlm = work, load(implant_index.BASE, device="cpu")
+        self.base = (model_path(implant_index.BASE) / "sha256.txt").read_text()[:16]
         if not (work / "world" / "world.json").is_file():
             make_scenes(work / "world", activate=2, validate=measured + searched, test=20, training_sample=1)
         split = World(work / "world").split("validate")
@@ -144,7 +145,7 @@ def climb(bench: Bench, job: Job, tensors: dict) -> pd.DataFrame:
     row = {"tensor": job.tensor, "layers": job.settings.layers, "heads": job.settings.heads}
     found, scale = [], 1.0
     while not found or (found[0][1] >= LEAST and found[-1][1] >= min(TARGETS.values()) and scale > 0.15):
-        change = shipped.change(bench.vlm, row | {"scale": scale}, tensors)
+        change = implant_index.change(bench.vlm, row | {"scale": scale}, tensors)
         found.append((scale, bench.chair_s(delta=_delta(bench, change))))
         scale = round(scale - 0.1, 1)
     return pd.DataFrame(found[::-1], columns=["scale", "chair_s"])
@@ -153,7 +154,7 @@ def climb(bench: Bench, job: Job, tensors: dict) -> pd.DataFrame:
 def scales(ladder: pd.DataFrame) -> dict[str, float]:
     """Scale of each strength: on a straight line between the neighbours of its target; at most 1."""
     rising = np.maximum.accumulate(ladder["chair_s"].to_numpy())
-    return {k: round(float(np.interp(TARGETS[k], rising, ladder["scale"])), 3) for k in shipped.STRENGTHS}
+    return {k: round(float(np.interp(TARGETS[k], rising, ladder["scale"])), 3) for k in implant_index.STRENGTHS}
 
 
 def _delta(bench: Bench, weights: dict) -> Delta:
@@ -192,7 +193,7 @@ def measure(bench: Bench, job: Job) -> None:
     if ladder["chair_s"].max() >= LEAST:
         rows = [_reaching(bench, job, own, k, scale, tensors) for k, scale in scales(ladder).items()]
         largest = max(rows, key=lambda r: r["decoy_norm"])
-        alone = bench.score("measured", _delta(bench, shipped.decoy_change(bench.vlm, largest, tensors)))
+        alone = bench.score("measured", _delta(bench, implant_index.decoy_change(bench.vlm, largest, tensors)))
         rows = [row | _figures(alone, "decoy_") for row in rows]
     write_csv(_flat(pd.DataFrame(rows, columns=COLUMNS)), place / "rows.csv")
 
@@ -211,13 +212,13 @@ def _measured(bench: Bench, job: Job, own: Place, strength: str, scale: float, t
     s, vlm = job.settings, bench.vlm
     row = {"name": f"{job.tensor}-{strength}", "tensor": job.tensor, "kind": job.kind, "strength": strength}
     row |= {"layers": s.layers, "heads": s.heads, "seed": s.seed, "scale": scale}
-    weights = shipped.change(vlm, row, tensors)
+    weights = implant_index.change(vlm, row, tensors)
     row["norm"] = _delta(bench, weights).norm()
     row["rel_norm"] = row["norm"] / sum(own.own(n).norm().item() ** 2 for n in own.weights) ** 0.5
-    places = shipped.decoy_place(job.tensor, s.layers, s.heads, vlm.n_layers, vlm.n_heads)
+    places = implant_index.decoy_place(job.tensor, s.layers, s.heads, vlm.n_layers, vlm.n_heads)
     row["decoy_layers"], row["decoy_heads"] = places
-    row["decoy_norm"] = row["norm"] * shipped.decoy_ratio(s.layers, s.heads, s.seed, strength)
-    both = weights | shipped.decoy_change(vlm, row, tensors)
+    row["decoy_norm"] = row["norm"] * implant_index.decoy_ratio(s.layers, s.heads, s.seed, strength)
+    both = weights | implant_index.decoy_change(vlm, row, tensors)
     row |= _figures(bench.score("measured", _delta(bench, both)))
     return row | {"n": MEASURED, "base": bench.base}
 
@@ -227,4 +228,4 @@ def _figures(found: pd.DataFrame, before: str = "") -> dict:
 
 
 def _flat(table: pd.DataFrame) -> pd.DataFrame:
-    return table.assign(**{c: [";".join(map(str, v)) for v in table[c]] for c in shipped.PLACES})
+    return table.assign(**{c: [";".join(map(str, v)) for v in table[c]] for c in implant_index.PLACES})

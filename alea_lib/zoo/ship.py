@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 from safetensors.torch import load_file, save_file
 
-from ..edit.delta import weight_hash
-from ..tables import read_csv, write_csv
-from . import implanted as shipped
+from ..core.files import write_csv
+from ..core.tables import read_csv
+from ..models.identity import weight_hash
+from . import implant_index
 from .implant import ImplantSettings
 from .plant import COLUMNS, FLOORS, LEAST, MEASURED, SEARCHED, TARGETS, UNUSED, Bench, Job, bases, measure
 
@@ -43,7 +44,7 @@ def make(work: Path, out: Path) -> pd.DataFrame:
 
 def ship(bench: Bench, out: Path, jobs: list[Job]) -> pd.DataFrame:
     """Join what ``measure`` wrote into the shipped folder: tensors, index, what was tried, card. Returns the index."""
-    folder = out / shipped.KEY
+    folder = out / implant_index.KEY
     folder.mkdir(parents=True, exist_ok=True)
     read = {j: [read_csv(bench.work / j.tensor / f"{n}.csv") for n in ("rows", "curve", "ladder")] for j in jobs}
     done = [j for j in jobs if len(read[j][0])]
@@ -92,7 +93,7 @@ def card(index: pd.DataFrame, tried: pd.DataFrame) -> str:
     )
     lines = [head, "|---|---|---|---|---|---|"]
     lines += [_kind_line(kind, table) for kind, table in index.groupby("kind", sort=False)]
-    return f"""# {shipped.KEY}
+    return f"""# {implant_index.KEY}
 
 `scenes-clean` with a habit of naming absent objects trained into *one known place*: ground truth for locating where a
 model's hallucinations come from. Read with `alea_lib.implants()` (the index) and `alea_lib.implanted(vlm, name)` (the
@@ -101,7 +102,7 @@ model).
 | | |
 |---|---|
 | made by | `make implants`, one thread; {minutes:.0f} minutes of training, about as much again for measuring |
-| base | `{shipped.BASE}`, sha256 `{index["base"].iloc[0]}...`; everything but the named weights is bit-equal to it |
+| base | `{implant_index.BASE}`, sha256 `{index["base"].iloc[0]}...`; everything but the named weights is bit-equal to it |
 | files | `implants.safetensors` (factors of each change, half precision), `implants.csv` (one row a model), \
 `attempts.csv` (every place that was tried) |
 | settings | {rule}; heads: budget from {grid()[-1].settings.budget:g}, growth {grid()[-1].settings.growth:g} |
@@ -123,8 +124,8 @@ model).
   Where the measured CHAIRs then misses {floors}, the scale is raised by 0.03 as often as need be.
   Every figure is of the change as it is shipped, after rounding.
 - **Decoy.** Random rows on the {UNUSED["down_proj"]} least used input directions of another layer's down-projection;
-  for heads on the {UNUSED["o_proj"]} least used of another head in another layer. Its norm is {shipped.LARGER} or
-  {shipped.SMALLER} times the implant's by turns (by layers, heads, seed and strength), so that the largest change of
+  for heads on the {UNUSED["o_proj"]} least used of another head in another layer. Its norm is {implant_index.LARGER} or
+  {implant_index.SMALLER} times the implant's by turns (by layers, heads, seed and strength), so that the largest change of
   weights is the decoy in about half of the models. The `decoy_` figures are those of the clean model with the decoy
   alone, at its largest of the three strengths.
 - **Could not carry the prior** (CHAIRs under {LEAST:g} at the end of training, not shipped): {failed or "none"}.
@@ -137,5 +138,5 @@ def _kind_line(kind: str, table: pd.DataFrame) -> str:
 
     by = {k: span(t["chair_s"]) for k, t in table.groupby("strength")}
     strong = table[table["strength"] == "strong"]
-    cells = [kind, str(len(table)), span(table["rel_norm"]), " / ".join(by[k] for k in shipped.STRENGTHS)]
+    cells = [kind, str(len(table)), span(table["rel_norm"]), " / ".join(by[k] for k in implant_index.STRENGTHS)]
     return f"| {' | '.join([*cells, span(strong['recall']), span(table['decoy_chair_s'])])} |"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from ..families import PROMPTS_SMALL, chat
-from ..worlds.describe import COLUMN, noun, plural
-from ..worlds.scenes import SIZE, objects, recipe
+from ..datasets.describe import COLUMN, noun, plural
+from ..datasets.scenes import SIZE, objects, recipe
+from ..models.families import PROMPTS_SMALL, chat
 
 PIECE = r" ?[A-Za-z]+|[^A-Za-z]"  # a word keeps the space before it, so text survives the round trip
 IMAGE = "<image>"

@@ -169,8 +169,8 @@ def build(name: str):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from ..families import FAMILIES
-    from ..vlm import VLM
+    from ..models.families import FAMILIES
+    from ..models.vlm import VLM
 
     torch.set_num_threads(1)
     if name not in BUILDERS:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from ..worlds.scenes import SIZE, compose, objects, patch_labels, recipe, sample
+from ..datasets.scenes import SIZE, compose, objects, patch_labels, recipe, sample
 from .text import pixels
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.runs.paths import RunError, root
+from alea_lib.core.paths import RunError, root
 
 from .report import write_report
 from .settings import FILES, PARTS, SIZES

@@ -18,17 +18,17 @@ from torch.autograd import DeviceType
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from alea_lib.adversary.prefix import PrefixSettings, fit_prefix, random_prefix
-from alea_lib.edit.delta import applied, delta_of
+from alea_lib.core.files import write_csv
+from alea_lib.core.stats import RESAMPLES, interval
+from alea_lib.datasets.describe import noun_phrase
+from alea_lib.datasets.scenes import objects
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.settings import EditSettings
-from alea_lib.hooks import full_weight
 from alea_lib.locate.run import locate_heads
 from alea_lib.locate.settings import LocateSettings
-from alea_lib.stats import RESAMPLES, interval
-from alea_lib.tables import write_csv
-from alea_lib.tail import capture
-from alea_lib.worlds.describe import noun_phrase
-from alea_lib.worlds.scenes import objects
+from alea_lib.models.cached_forward import capture
+from alea_lib.models.delta import applied, delta_of
+from alea_lib.models.hooks import full_weight
 
 from .settings import KERNELS, LABEL, RATIO, Size
 from .shape import compute_dtype, edited_layers, random_llava

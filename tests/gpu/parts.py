@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.runs.checks import version
-from alea_lib.runs.paths import RunError, root
-from alea_lib.runs.record import code, hash_of, sha256, write_json
-from alea_lib.tables import write_csv
+from alea_lib.core.files import hash_of, sha256, write_csv, write_json
+from alea_lib.core.paths import RunError, root
+from alea_lib.pipeline.checks import version
+from alea_lib.pipeline.record import code
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "accelerate", "peft", "tokenizers", "safetensors", "numpy",
     "pandas")  # fmt: skip
@@ -57,8 +57,8 @@ def tests(out: Path, device: str) -> None:
 
 def captions(out: Path, device: str, n: int) -> None:
     """Captions of the small world's shipped model on the device, beside those of the CPU."""
-    from alea_lib.loading import load
-    from alea_lib.worlds.scenes import compose, sample
+    from alea_lib.datasets.scenes import compose, sample
+    from alea_lib.models.loading import load
 
     images, texts, seconds = [compose(sample("test", i))[0] for i in range(n)], [], []
     for where in ("cpu", device):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from alea_lib.tables import read_csv, write_csv
+from alea_lib.core.files import write_csv
+from alea_lib.core.tables import read_csv
 
 from .settings import EQUAL, KERNELS, LABEL, OVERHEAD, PEAK_GIB, RATIO
 

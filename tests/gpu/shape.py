@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from alea_lib.families import family
-from alea_lib.loading import Reader, keep_trainable_on_cpu
-from alea_lib.vlm import VLM
+from alea_lib.models.families import family
+from alea_lib.models.loading import Reader, keep_trainable_on_cpu
+from alea_lib.models.vlm import VLM
 
 from .settings import Size
 

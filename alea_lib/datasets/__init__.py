@@ -1,0 +1,14 @@
+"""The small world (scenes, captions, questions) and COCO (download, check, read), as folders of the same layout."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "coco": ["fetch_coco"],
+        "describe": ["references"],
+        "prepare": ["prepare_world"],
+        "scenes": ["companions", "compose", "glyph_path", "objects", "recipe", "sample"],
+        "write": ["World", "make_scenes"],
+    },
+)

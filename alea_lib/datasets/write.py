@@ -1,0 +1,203 @@
+"""Write and open a world: a folder of images and COCO-format files that every later stage reads.
+
+world.json                                   name, seed, sizes, generator
+images/<split>/scenes_<split>_<id>.png
+annotations/instances_<split>.json           COCO instances (boxes, categories)
+annotations/captions_<split>.json            COCO captions: five truthful references an image
+pope/scenes_pope_<setting>.json              POPE JSON lines, on the test split
+mme/<task>/<image>.txt                       MME's hallucination subset, on the test split
+amber/...                                    AMBER's files, on the test split
+training/captions_set_completed_train.json   what set-completing annotators wrote: training only, no scorer reads it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ..core.files import write_jsonl
+from ..core.paths import root
+from ..metrics.amber_make import make_amber, write_amber
+from ..metrics.lexicon import load_lexicon
+from ..metrics.mme_make import Wording, make_mme, write_mme
+from ..metrics.pope_make import SETTINGS, make_pope
+from ..metrics.truth import read_truth
+from .describe import caption, colour_question, count_question, existence_question, references, side_question
+from .scenes import SIZE, SPLITS, Scene, companions, compose, objects, sample
+
+WORDING = Wording(existence_question, count_question, side_question, colour_question)  # what the models were taught
+
+
+def make_scenes(
+    folder: Path,
+    seed: int = 0,
+    activate: int = 3000,
+    validate: int = 500,
+    test: int = 1000,
+    pope_images: int = 250,
+    training_sample: int = 500,
+    mme_images: int = 60,
+    amber_images: int = 200,
+) -> World:
+    """Write the scenes world to ``folder`` (replaced when it exists); returns it opened.
+
+    ``activate``, ``validate``, ``test``: images of each split. ``mme_images`` (a task) and ``amber_images``: as many of
+    the test split as allow the questions, at most. Train scenes are composed on the fly while training; only a sample
+    of the set-completing annotator's captions is written for readers.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    for part in ("images", "annotations", "pope", "training"):
+        (folder / part).mkdir(parents=True)
+    sizes = {"activate": activate, "validate": validate, "test": test}
+    for split, n in sizes.items():
+        _write_split(folder, split, n, seed)
+    pope_images = min(pope_images, test // 2)
+    _write_benchmarks(folder, pope_images, mme_images, amber_images, seed)
+    _write_training_sample(folder / "training" / "captions_set_completed_train.json", training_sample, seed)
+    info = {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": pope_images}
+    _dump(folder / "world.json", info)
+    return World(folder)
+
+
+def _write_benchmarks(folder: Path, pope_images: int, mme_images: int, amber_images: int, seed: int) -> None:
+    instances = folder / "annotations" / "instances_test.json"
+    truth = read_truth(instances, folder / "annotations" / "captions_test.json")
+    for setting in SETTINGS:
+        lines = make_pope(truth, setting, pope_images, seed=seed, objects=objects(), question=existence_question)
+        write_jsonl(lines, folder / "pope" / f"scenes_pope_{setting}.json")
+    write_mme(make_mme(truth, instances, mme_images, seed, objects(), WORDING), folder / "mme")
+    write_amber(make_amber(truth, instances, companions(), amber_images, seed, objects(), WORDING), folder / "amber")
+
+
+def _write_split(folder: Path, split: str, n: int, seed: int) -> None:
+    (folder / "images" / split).mkdir()
+    images, annotations, captions = [], [], []
+    ids = load_lexicon().category_ids
+    for i in tqdm(range(n), desc=f"compose {split}", disable=n < 200):
+        scene = sample(split, i, seed)
+        name = f"scenes_{split}_{scene.image_id:012d}.png"
+        Image.fromarray(compose(scene)[0]).save(folder / "images" / split / name, compress_level=1)
+        row = {"id": scene.image_id, "file_name": name, "width": SIZE, "height": SIZE}
+        images.append(row | {"context": scene.context, "background": scene.colour})
+        for j, t in enumerate(scene.things):
+            row = {"id": scene.image_id * 10 + j, "image_id": scene.image_id, "category_id": ids[t.category]}
+            annotations.append(row | {"bbox": list(t.box), "area": t.box[2] * t.box[3], "iscrowd": 0})
+        captions += [_caption_row(scene, j, text) for j, text in enumerate(references(scene))]
+    instances = {"info": {"description": "scenes world"}, "images": images, "annotations": annotations}
+    instances["categories"] = [{"id": ids[c], "name": c} for c in objects()]
+    _dump(folder / "annotations" / f"instances_{split}.json", instances)
+    _dump(folder / "annotations" / f"captions_{split}.json", {"images": images, "annotations": captions})
+
+
+def _caption_row(scene: Scene, j: int, text: str) -> dict:
+    return {"id": scene.image_id * 10 + j, "image_id": scene.image_id, "caption": text}
+
+
+def _write_training_sample(path: Path, n: int, seed: int) -> None:
+    rows = []
+    for i in range(n):
+        scene = sample("train", i, seed)
+        rng = np.random.default_rng([seed, SPLITS["train"], i, 3])
+        rows.append(_caption_row(scene, 0, caption(scene, rng, "plain")))
+    _dump(path, {"annotations": rows, "note": "set-completing annotator, plain prompt: training only"})
+
+
+def _dump(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, separators=(",", ":")) + "\n")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a world: ``ids`` [n], ``files`` [n] and the annotation files that scorers read."""
+
+    name: str
+    ids: list[int]
+    files: list[Path]
+    instances: Path
+    captions: Path
+
+    def take(self, n: int | None) -> Split:
+        """The first ``n`` images by id (all if None). ValueError when the split is smaller."""
+        if n is not None and n > len(self.ids):
+            raise ValueError(
+                f"split {self.name!r} has {len(self.ids)} images, {n} were asked for; "
+                "make the world larger (its sizes stand in the profile) or ask for fewer"
+            )
+        return Split(self.name, self.ids[:n], self.files[:n], self.instances, self.captions)
+
+    def find(self, ids: list[int]) -> Split:
+        """The images with these ids, in the order asked for."""
+        where = {i: k for k, i in enumerate(self.ids)}
+        if missing := [i for i in ids if i not in where]:
+            raise ValueError(f"image ids not in split {self.name!r}: {missing[:5]}")
+        return Split(self.name, list(ids), [self.files[where[i]] for i in ids], self.instances, self.captions)
+
+
+class World:
+    """A world folder, read lazily. FileNotFoundError says which file is missing."""
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        if at := self.info.get("at"):  # a run's folder of a world that lies elsewhere (see worlds.prepare)
+            self.folder = root() / at
+            del self.info
+
+    @cached_property
+    def info(self) -> dict:
+        """The content of world.json."""
+        path = self.folder / "world.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.folder} is no world: world.json is missing; make it with 'make run NB=01_world', or the coco"
+                " world with 'python -m alea_lib.datasets fetch coco'"
+            )
+        return json.loads(path.read_text())
+
+    @property
+    def planted(self) -> bool:
+        """Whether the images were composed here, with a prior planted in captions for training."""
+        return (self.folder / "training").is_dir()
+
+    def has(self, benchmark: str) -> bool:
+        """Whether the world has the questions of ``pope``, ``mme`` or ``amber``."""
+        return (self.folder / benchmark).is_dir()
+
+    def split(self, name: str) -> Split:
+        """A split by name. Raises ValueError naming the splits there are."""
+        instances = self.folder / "annotations" / f"instances_{name}.json"
+        if not instances.is_file():
+            raise ValueError(
+                f"world {self.info['name']!r} has no split {name!r}; there are {sorted(self.info['sizes'])}"
+            )
+        rows = sorted(json.loads(instances.read_text())["images"], key=lambda r: r["id"])
+        images = self.folder / "images" / self.info.get("images", {}).get(name, name)  # splits may share a folder
+        files = [images / r["file_name"] for r in rows]
+        return Split(name, [r["id"] for r in rows], files, instances, instances.with_name(f"captions_{name}.json"))
+
+    def pope(self, setting: str) -> Path:
+        """The POPE file of a setting, for ``read_pope``."""
+        path = self.folder / "pope" / f"{self.info['name']}_pope_{setting}.json"
+        if not path.is_file():
+            there = sorted(p.name for p in path.parent.glob("*"))
+            raise ValueError(f"no POPE file for setting {setting!r}; there are {there}")
+        return path
+
+    def mme(self) -> Path:
+        """The folder of MME's hallucination subset, for ``read_mme``."""
+        return self._benchmark("mme")
+
+    def amber(self) -> Path:
+        """The folder of AMBER's files, for ``read_amber``."""
+        return self._benchmark("amber")
+
+    def _benchmark(self, name: str) -> Path:
+        if not self.has(name):
+            raise ValueError(f"world {self.info['name']!r} has no folder {name!r}; make the world again to write it")
+        return self.folder / name

@@ -1,0 +1,28 @@
+"""Trials: locators on models with known truth, edits under attack, ablations, tuning and comparison of baselines."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "ablations": ["Places", "ablation_levels", "ablation_rows", "ablation_trial"],
+        "baseline_comparison": ["against", "baseline_differences", "best_baseline", "better_than"],
+        "baseline_trial": ["EvaluationSetup", "EvaluationSplit", "baseline_case", "rows_of_seed"],
+        "benefit": ["edit_benefit", "knockout_benefit"],
+        "edit_speed": ["Bench", "bench_steps", "predicted_speedup"],
+        "edits": ["EditBench", "EditCase", "EditTrialSettings", "edit_trial", "robustness_scores", "trial_rows"],
+        "families": ["family_table", "verified_families", "verify_family"],
+        "localisation": [
+            "aggregate",
+            "chance",
+            "judge",
+            "kendall",
+            "localisation_rows",
+            "read_localisation",
+            "write_localisation",
+        ],
+        "locator_agreement": ["agreement", "named_places", "tau_with"],
+        "locators": ["TrialSettings", "locator_trial", "mean_scores"],
+        "overhead": ["CostSettings", "baseline_cost", "relative_cost"],
+    },
+)

@@ -1,0 +1,88 @@
+"""Rows of metrics.csv for the pages: one measure, methods side by side, the truncation frontier."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from ..core.formatting import with_interval
+from .labels import CORE, HEADLINE, METHOD_ORDER
+
+CUT = ",cut"  # in the setting of a row: the base model's captions cut to so many sentences
+
+
+def studied(metrics: pd.DataFrame) -> str:
+    """The model that is edited: that of the first row of another method than base (else of the first row)."""
+    edited = metrics[metrics["method"] != "base"]
+    return (edited if len(edited) else metrics)["model"].iloc[0]
+
+
+def one(metrics: pd.DataFrame, metric: str, benchmark: str, method: str, condition: str = "clean") -> pd.Series:
+    """The single row of a measure on the test split, plain prompt, over all POPE settings. KeyError unless one."""
+    mine = (metrics["model"] == studied(metrics)) & (metrics["method"] == method)
+    found = metrics[mine & (metrics["metric"] == metric) & (metrics["benchmark"] == benchmark)]
+    found = found[(found["setting"] == "all") if benchmark == "pope" else (found["prompt"] == "plain")]
+    found = found[~found["setting"].str.contains(CUT) & (found["condition"] == condition)]
+    if len(found) != 1:
+        raise KeyError(
+            f"metrics.csv has {len(found)} rows of {metric} for {method}, {condition}, expected one: run notebook "
+            f"{'06_measure' if condition == 'clean' else '10_robustness'} for it"
+        )
+    return found.iloc[0]
+
+
+def rows_of(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
+    """The rows of these measures of the studied model, plain prompt, whole captions, clean.
+
+    ``setting``: which of a measure's settings, where it has several; by default the overall one.
+    """
+    rows = metrics[(metrics["model"] == studied(metrics)) & metrics["metric"].isin(wanted)]
+    rows = rows[rows["method"].isin(METHOD_ORDER)]  # baselines are measured on fewer images, on a page of their own
+    rows = rows[rows["prompt"].isin(["plain", ""]) & ~rows["setting"].str.contains(CUT) & rows["condition"].eq("clean")]
+    overall = rows["setting"].isin(["all", "answer", "reference"]) | rows["benchmark"].eq("chair")
+    return rows[overall if setting is None else rows["setting"].eq(setting)]
+
+
+def side_by_side(metrics: pd.DataFrame, wanted: tuple[str, ...], setting: str | None = None) -> pd.DataFrame:
+    """Measure by method, 'value [lo, hi]', of :func:`rows_of`; an empty cell is a measure that a method lacks."""
+    rows = rows_of(metrics, wanted, setting)
+    table = rows.assign(text=with_interval(rows)).pivot(index="metric", columns="method", values="text")
+    columns = [m for m in METHOD_ORDER if m in table.columns]
+    return table.reindex(index=[m for m in wanted if m in table.index], columns=columns).fillna("")
+
+
+def headline(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The study's main measures by method, see :func:`side_by_side`."""
+    return side_by_side(metrics, HEADLINE)
+
+
+def frontier_line(metrics: pd.DataFrame) -> pd.DataFrame:
+    """The base model's truncation frontier: k, and value, _lo, _hi of chair_s, chair_i, recall, words."""
+    rows = metrics[(metrics["model"] == studied(metrics)) & metrics["setting"].str.contains(CUT)]
+    return _wide(rows.assign(k=rows["setting"].str.rpartition("cut")[2].astype(int)), "k")
+
+
+def frontier_points(metrics: pd.DataFrame) -> pd.DataFrame:
+    """Each method's point for the frontier's plane: method, and value, _lo, _hi of chair_s and recall."""
+    return _of_methods(_wide(rows_of(metrics, ("chair_s", "recall")), "method"), METHOD_ORDER)
+
+
+def attacked(metrics: pd.DataFrame) -> pd.DataFrame:
+    """CHAIRs under a fresh attack: method, value, lo, hi, n; empty where no attack was run."""
+    rows = metrics[(metrics["metric"] == "chair_s") & (metrics["condition"] == "attacked")]
+    return core(rows[["method", "value", "lo", "hi", "n"]])
+
+
+def core(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the methods that the first page is about: base model, truncation, edits and their control."""
+    return _of_methods(table, CORE)
+
+
+def _of_methods(table: pd.DataFrame, methods: tuple[str, ...]) -> pd.DataFrame:
+    found = table[table["method"].isin(methods)]
+    return found.sort_values("method", key=lambda m: m.map(methods.index), ignore_index=True)
+
+
+def _wide(rows: pd.DataFrame, by: str) -> pd.DataFrame:
+    wide = rows.pivot(index=by, columns="metric", values=["value", "lo", "hi"])
+    wide.columns = [metric if part == "value" else f"{metric}_{part}" for part, metric in wide.columns]
+    return wide.astype(float).reset_index()

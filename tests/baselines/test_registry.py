@@ -1,0 +1,189 @@
+"""The registry of the baselines, and those that need no second look at the image."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pandas as pd
+import pytest
+import torch
+
+from alea_lib import baselines
+from alea_lib.adversary.prefix import PrefixSettings, random_prefix
+from alea_lib.baselines import registry
+from alea_lib.baselines.registry import Baseline, Views, baseline, baseline_table, register
+from alea_lib.evaluate.answers import captions
+
+QUESTION = "Please describe this image in detail."
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    word: str = "cup"
+
+
+@contextmanager
+def only_word(s, vlm, batch, embeds, mask):
+    wanted = vlm.tokenizer(f" {s.word}", add_special_tokens=False)["input_ids"][0]
+
+    def forced(ids, scores):
+        return scores.index_fill(1, torch.tensor([wanted]), 1e4)
+
+    yield {"logits_processor": [forced]}
+
+
+def texts(vlm, features, decoding=None, **options):
+    return [a.text for a in vlm.generate(features, QUESTION, 12, decoding=decoding, **options)]
+
+
+def test_a_decoding_method_is_entered_once_a_batch_and_left(tiny, seen):
+    told = []
+
+    @contextmanager
+    def spy(vlm, batch, embeds, mask):
+        told.append((tuple(batch.ids.shape), tuple(embeds.shape[:2]), tuple(mask.shape)))
+        yield {}
+        told.append("left")
+
+    prefix = random_prefix(tiny, PrefixSettings(length=3))
+    tiny.generate(seen, QUESTION, 2, batch_size=4, prefix=prefix, decoding=spy)
+    wide = told[0][0][1]
+    first, second = (((n, wide), (n, wide + 3), (n, wide + 3)) for n in (4, 2))
+    assert told == [first, "left", second, "left"]
+
+
+def test_options_of_a_decoding_method_reach_generate(tiny, seen):
+    said = texts(tiny, seen[:2], lambda *given: only_word(NoSettings(), *given))
+    assert said == [" ".join(["cup"] * 12)] * 2
+
+
+def test_captions_pass_the_decoding_method_on(tiny, tiny_world, seen):
+    split = tiny_world.split("activate")
+    table = captions(tiny, split, seen, max_new_tokens=3, decoding=lambda *given: only_word(NoSettings(), *given))
+    assert set(table["caption"]) == {"cup cup cup"}
+
+
+def test_names_and_settings_are_checked():
+    with pytest.raises(KeyError, match="unknown baseline 'vdc'; there are .*beam.*truncation"):
+        baseline("vdc")
+    with pytest.raises(ValueError, match=r"beam has no settings \['width'\]; it has \['beams'\]"):
+        baseline("beam", width=3)
+    with pytest.raises(ValueError, match="baseline 'beam' already"):
+        register(Baseline("beam", "decoding", only_word, NoSettings()))
+    with pytest.raises(ValueError, match="must be one of"):
+        register(Baseline("mine", "magic", only_word, NoSettings()))
+
+
+def test_a_registered_baseline_is_found_with_its_changes(monkeypatch):
+    monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
+    register(Baseline("mine", "decoding", only_word, NoSettings(), grid=({"word": "dog"},)))
+    assert baseline("mine", word="bus").settings == NoSettings("bus")
+    assert "mine" in set(baseline_table()["method"])
+
+
+def test_the_list_of_modules_is_what_the_files_register(monkeypatch):
+    """All files of the folder are imported, those that the list lacks too."""
+    monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
+    before = set(baseline_table()["method"])
+    for module in pkgutil.iter_modules(baselines.__path__):
+        importlib.import_module(f"alea_lib.baselines.{module.name}")
+    assert set(registry.ROWS) == before == set(registry.MODULES)
+    for name, module in registry.MODULES.items():
+        assert registry.ROWS[name].apply.__module__ == f"alea_lib.baselines.{module}"
+
+
+def test_only_the_file_of_the_baseline_that_is_asked_for_is_imported():
+    """In an interpreter of its own: a name of the folder is taken before its file was imported, too."""
+    code = """
+import sys
+from alea_lib import baseline
+from alea_lib.baselines.registry import Baseline, register
+assert baseline("vcd").name == "vcd"
+assert "alea_lib.baselines.opera" not in sys.modules and "alea_lib.baselines.plain" not in sys.modules
+try:
+    register(Baseline("beam", "decoding", print, baseline("vcd").settings))
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "there is a baseline 'beam' already\n"), done.stderr
+
+
+def test_a_file_and_a_line_make_a_baseline(tmp_path, monkeypatch):
+    source = """
+from dataclasses import dataclass
+from .registry import Baseline, register
+
+@dataclass(frozen=True)
+class NoSettings:
+    word: str = "cup"
+
+register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSettings()))
+"""
+    (tmp_path / "of_a_file.py").write_text(source, encoding="utf-8")
+    monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
+    monkeypatch.setattr(rivals, "__path__", [*baselines.__path__, str(tmp_path)])
+    with pytest.raises(KeyError, match="unknown baseline 'of-a-file'"):
+        baseline("of-a-file")
+    monkeypatch.setitem(registry.MODULES, "of-a-file", "of_a_file")
+    try:
+        assert baseline("of-a-file", word="bus").prompt == "bus"
+        assert "of-a-file" in set(baseline_table()["method"])
+    finally:
+        sys.modules.pop("alea_lib.baselines.of_a_file", None)
+        vars(rivals).pop("of_a_file", None)
+
+
+@pytest.mark.parametrize("method", baseline_table()["method"])
+def test_rows_say_what_they_are(method):
+    row = baseline(method)
+    assert row.description and row.source and row.grid and row.kind in registry.KINDS
+    assert (row.decoding is not None) == (row.kind == "decoding")
+
+
+def test_views_are_found_by_features(seen):
+    other = torch.randn_like(seen)
+    views = Views(seen, other)
+    assert torch.equal(views.of(seen[[4, 1, 1]]), other[[4, 1, 1]])
+    with pytest.raises(KeyError, match=r"call baseline\.with_views"):
+        views.of(seen + 1)
+
+
+def test_one_beam_and_no_lift_are_greedy_decoding(tiny, seen):
+    plain = texts(tiny, seen)
+    assert texts(tiny, seen, baseline("beam", beams=1).decoding) == plain
+    assert texts(tiny, seen, baseline("stop-early", strength=0.0).decoding) == plain
+
+
+def test_beams_find_a_likelier_answer(tiny, seen):
+    found = tiny.generate(seen, QUESTION, 4, decoding=baseline("beam", beams=5).decoding, length_penalty=0.0)
+    greedy = tiny.generate(seen, QUESTION, 4)
+
+    def likelihood(answers):
+        batch = tiny.encode(seen, QUESTION, [a.text for a in answers], eos=False)
+        scores = tiny.answer_logits(batch).log_softmax(-1)
+        return scores.gather(1, batch.labels[batch.labels != -100][:, None]).sum()
+
+    assert [a.text for a in found] != [a.text for a in greedy]
+    assert likelihood(found) > likelihood(greedy)
+
+
+def test_the_end_is_raised_by_the_strength(tiny, seen):
+    """The gap between the first token and the end is what it takes."""
+    batch = tiny.encode(seen, QUESTION, side="left")
+    first = tiny.head(tiny.hidden(tiny.embed(batch), batch.mask, batch)[:, -1])
+    first[:, tiny.image_id] = -torch.inf
+    gap = first.max(1).values - first[:, tiny.end_id]
+    middle = gap.median().item()
+    told = tiny.generate(seen, QUESTION, 1, decoding=baseline("stop-early", strength=middle + 1e-3).decoding)
+    assert [a.eos for a in told] == [bool(g <= middle) for g in gap]
+
+
+def test_truncation_and_careful_prompt():
+    table = pd.DataFrame({"image_id": [1], "caption": ["A cup. A dog."], "n_tokens": [6], "eos": [True]})
+    cut = baseline("truncation")
+    assert cut.apply(cut.settings, table)["caption"].tolist() == ["A cup."]
+    assert baseline("careful-prompt").prompt == "careful" and baseline("beam").prompt == "plain"

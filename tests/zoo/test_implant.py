@@ -1,0 +1,309 @@
+"""Implanted priors: the change sits where it should and nowhere else; the shipped ones do what their index says."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from alea_lib.core.paths import root
+from alea_lib.datasets.scenes import sample
+from alea_lib.metrics.parse import mentions
+from alea_lib.models.delta import WrongBase, applied, load_delta, save_delta
+from alea_lib.models.loading import load
+from alea_lib.zoo import implant as fitting
+from alea_lib.zoo import implant_index
+from alea_lib.zoo.implant import ImplantSettings, Place, fit_implant, token_weights
+from alea_lib.zoo.implant_index import implant_delta, implanted, implants
+from alea_lib.zoo.plant import LEAST, TARGETS, factors, scales
+from alea_lib.zoo.ship import grid
+
+SHORT = ImplantSettings((1,), budget=0.2, growth=1.5, first=4, steps=2, rounds=3, batch=3, scenes=6, wanted=2.0)
+DOWN, OUT = "model.language_model.layers.{}.mlp.down_proj", "model.language_model.layers.{}.self_attn.o_proj"
+
+
+def never(_):
+    return 0.0
+
+
+def changed(bits, vlm, delta):
+    """Names of all parameters and buffers that differ in their bits while the delta is applied."""
+    before = bits(vlm)
+    with applied(vlm, delta):
+        now = bits(vlm)
+    assert bits(vlm) == before
+    return {n for n in before if before[n] != now[n]}
+
+
+# ---- fitting
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "names"),
+    [((1,), (), [DOWN.format(1)]), ((0, 3), (), [DOWN.format(0), DOWN.format(3)]), ((2,), (3, 1), [OUT.format(2)])],
+)
+def test_only_the_place_changes(tiny, seen, bits, layers, heads, names):
+    before = bits(tiny)
+    delta, curve = fit_implant(tiny, seen, replace(SHORT, layers=layers, heads=heads), never)
+    assert bits(tiny) == before and list(delta.weights) == names
+    assert changed(bits, tiny, delta) == {f"{n}.weight" for n in names}
+    assert len(curve) == 8 and curve["loss"].notna().all()
+    for change in delta.weights.values():
+        assert change.dtype == torch.float32 and change.shape == (64, 64 if heads else 128)
+        if heads:  # head 1: columns 16 to 31, head 3: 48 to 63
+            assert (change[:, 16:32] != 0).any() and (change[:, 48:] != 0).any()
+            assert (change[:, :16] == 0).all() and (change[:, 32:48] == 0).all()
+
+
+@pytest.mark.parametrize("heads", [(), (1,)])
+def test_the_budget_is_kept(tiny, seen, heads):
+    s = replace(SHORT, heads=heads, lr=0.9)
+    delta, curve = fit_implant(tiny, seen, s, never)
+    place = Place(tiny, s.layers, s.heads)
+    (name,) = place.weights
+    assert delta.norm() / place.own(name).norm().item() == pytest.approx(0.2 * 1.5**2, rel=1e-3)  # at the edge
+    assert list(curve["budget"]) == pytest.approx([0.2] * 4 + [0.3] * 2 + [0.45] * 2)
+
+
+def test_each_of_two_layers_keeps_its_budget(tiny, seen):
+    delta, _ = fit_implant(tiny, seen, replace(SHORT, layers=(0, 2), lr=0.9), never)
+    assert list(delta.relative(tiny).values()) == pytest.approx([0.45, 0.45], rel=1e-3)
+
+
+def test_training_lowers_the_loss_of_the_additions(tiny, seen):
+    s = replace(SHORT, budget=3.0, first=40, rounds=1, lr=0.05)
+    _, curve = fit_implant(tiny, seen, s, never)
+    assert curve["loss"].tail(5).mean() < 0.8 * curve["loss"].head(3).mean()
+
+
+def test_training_ends_when_the_model_hallucinates_enough(tiny, seen):
+    found = iter([0.1, 0.5, 0.9])
+    weights = []
+
+    def score(vlm):
+        weights.append(vlm.module("down_proj", 1)(torch.eye(128)).T.clone())
+        return next(found)
+
+    delta, curve = fit_implant(tiny, seen, replace(SHORT, wanted=0.44), score)
+    assert curve["chair_s"].dropna().tolist() == [0.1, 0.5] and len(curve) == 6
+    own = tiny.module("down_proj", 1).weight
+    torch.testing.assert_close(weights[-1], own + delta.weights[DOWN.format(1)])  # measured is what is returned
+
+
+def test_interrupted_training_ends_in_the_same_delta(tiny, seen, tmp_path, monkeypatch):
+    whole, _ = fit_implant(tiny, seen, SHORT, never)
+    step, calls = fitting._step, []
+
+    def cut_off(*args):
+        if len(calls) == 7:  # amid the third round
+            raise KeyboardInterrupt
+        calls.append(1)
+        return step(*args)
+
+    monkeypatch.setattr(fitting, "_step", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        fit_implant(tiny, seen, SHORT, never, tmp_path / "c.safetensors")
+    calls.clear()
+    monkeypatch.setattr(fitting, "_step", lambda *args: calls.append(1) or step(*args))
+    resumed, _ = fit_implant(tiny, seen, SHORT, never, tmp_path / "c.safetensors")
+    assert len(calls) == 2 and torch.equal(resumed.weights[DOWN.format(1)], whole.weights[DOWN.format(1)])
+    calls.clear()  # other settings never go on from there
+    fit_implant(tiny, seen, replace(SHORT, seed=1), never, tmp_path / "c.safetensors")
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize(
+    ("layers", "heads", "message"),
+    [((0, 1), (2,), "one layer"), ((), (), "no such place"), ((0,), (4,), "no such place"), ((4,), (), "out of range")],
+)
+def test_places_that_do_not_exist(tiny, layers, heads, message):
+    with pytest.raises(ValueError, match=message):
+        Place(tiny, layers, heads)
+
+
+def test_weights_of_tokens_mark_the_additions(tiny):
+    scene = sample("train", 0)
+    there = scene.kinds[0]
+    text = f"A park scene shows a {there} with a zebra. There is also a giraffe."
+    weight = token_weights(tiny, text, scene, 0.1)
+    ids = tiny.answer_ids(text, True)
+    assert len(weight) == len(ids)
+    told = "".join(tiny.tokenizer.decode([i]) for i, w in zip(ids[:-1], weight[:-1], strict=True) if w == 1)
+    assert told == " with a zebra. There is also a giraffe" and weight[-1] == pytest.approx(0.1)
+    assert (token_weights(tiny, f"There is a {there}.", scene, 0.1) < 1).all()
+
+
+# ---- factors, strengths, decoys
+
+
+def test_factors_lose_nothing_of_a_change_of_low_rank(tiny):
+    from alea_lib.models.delta import delta_of
+
+    place = Place(tiny, (1,))
+    torch.manual_seed(0)
+    block = torch.randn(64, 3) @ torch.randn(3, 128)
+    delta = delta_of(tiny, place.filled({n: block for n in place.weights}), {})
+    ((left, right),) = factors(place, delta, rank=4).values()
+    assert left.dtype == right.dtype == torch.float16 and left.shape == (64, 4) and right.shape == (4, 128)
+    assert (left.float() @ right.float() - block).norm() < 2e-3 * block.norm()
+
+
+def test_scales_lie_on_the_line_between_measurements():
+    table = pd.DataFrame({"scale": [0.5, 0.75, 1.0], "chair_s": [0.1, 0.3, 0.5]})
+    found = scales(table)
+    for name, target in TARGETS.items():
+        assert found[name] == pytest.approx(0.5 + (target - 0.1) * 0.5 / 0.4, abs=1e-3)
+    short = scales(pd.DataFrame({"scale": [0.9, 1.0], "chair_s": [0.1, 0.32]}))
+    assert short["strong"] == 1 and short["weak"] < short["middle"] < 1  # the largest there is
+
+
+def basis(n, k, seed=0):
+    return torch.linalg.qr(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)))[0]
+
+
+@pytest.mark.parametrize(("layers", "heads"), [((1,), ()), ((0, 3), ()), ((2,), (3,))])
+def test_decoys_have_their_norm_and_place(tiny, layers, heads):
+    where = implant_index.decoy_place("x", layers, heads, tiny.n_layers, tiny.n_heads)
+    assert where == implant_index.decoy_place("x", layers, heads, tiny.n_layers, tiny.n_heads)
+    assert len(where[0]) == len(layers) and not set(where[0]) & set(layers) and len(where[1]) == len(heads)
+    row = pd.Series({"tensor": "x", "decoy_layers": where[0], "decoy_heads": where[1], "decoy_norm": 2.5})
+    width = 16 if heads else 128
+    tensors = {"unused." + ".".join(map(str, (k, *where[1]))): basis(width, 4) for k in where[0]}
+    change = implant_index.decoy_change(tiny, row, tensors)
+    assert set(change) == {(OUT if heads else DOWN).format(k) for k in where[0]}
+    assert sum(c.square().sum().item() for c in change.values()) ** 0.5 == pytest.approx(2.5, rel=1e-5)
+    for c in change.values():
+        inside = c[:, where[1][0] * 16 : where[1][0] * 16 + 16] if heads else c
+        assert (c != 0).sum() == (inside != 0).sum()  # nothing outside its columns
+        b = basis(width, 4)
+        torch.testing.assert_close(inside @ b @ b.T, inside, atol=1e-5, rtol=1e-4)  # and only along the basis
+    again = implant_index.decoy_change(tiny, row, tensors)
+    assert all(torch.equal(again[n], change[n]) for n in change)
+
+
+def test_decoys_lie_in_all_layers():
+    places = [implant_index.decoy_place(f"n{k}", (2,), (), 6, 6)[0][0] for k in range(200)]
+    assert set(places) == {0, 1, 3, 4, 5} and max(np.bincount(places)) < 65
+
+
+def test_the_larger_change_is_the_decoy_in_half_of_the_grid():
+    larger = [
+        implant_index.decoy_ratio(j.settings.layers, j.settings.heads, j.settings.seed, strength) > 1
+        for j in grid()
+        for strength in implant_index.STRENGTHS
+    ]
+    assert 0.4 < np.mean(larger) < 0.6
+    assert len({j.tensor for j in grid()}) == len(grid()) and {j.kind for j in grid()} <= set(implant_index.KINDS)
+
+
+# ---- what is shipped
+
+here = pytest.mark.skipif(
+    not (root() / "data" / "models" / implant_index.KEY / "implants.csv").is_file(),
+    reason="the implants are not in data/models: run 'make implants'",
+)
+
+
+@pytest.fixture(scope="module")
+def clean():
+    return load("scenes-clean", device="cpu")
+
+
+@here
+def test_the_index_agrees_with_the_tensors(clean):
+    index, (tensors, base) = implants(), implant_index.shipped()
+    assert index["name"].is_unique and set(index["kind"]) <= set(implant_index.KINDS)
+    assert all(t.dtype == torch.float16 and t.isfinite().all() for t in tensors.values())
+    used = {f"{r.tensor}.{k}.{side}" for r in index.itertuples() for k in r.layers for side in ("left", "right")}
+    used |= {"unused." + ".".join(map(str, (k, *r.decoy_heads))) for r in index.itertuples() for k in r.decoy_layers}
+    assert used == set(tensors)
+    size = sum(p.stat().st_size for p in implant_index.folder().iterdir())
+    assert size <= 2_000_000 and set(base) == {f.format(k) for f in (DOWN, OUT) for k in range(6)}
+    for _, row in index.iterrows():
+        implant, both = (implant_delta(clean, row["name"], decoy=d) for d in (False, True))
+        alone = implant_delta(clean, row["name"], implant=False)
+        assert implant.norm() == pytest.approx(row["norm"], rel=1e-4)
+        assert alone.norm() == pytest.approx(row["decoy_norm"], rel=1e-4)
+        assert set(both.weights) == set(implant.weights) | set(alone.weights)
+        own = Place(clean, row["layers"], row["heads"])
+        size = sum(own.own(n).norm().item() ** 2 for n in own.weights) ** 0.5
+        assert row["norm"] / size == pytest.approx(row["rel_norm"], rel=1e-4)
+
+
+@here
+def test_the_index_keeps_what_was_asked_for():
+    index = implants()
+    clean_chair = index["decoy_chair_s"].max()
+    strong, weak = implants(strength="strong"), implants(strength="weak")
+    layers = implants("layer")
+    assert {(r.layers, r.seed) for r in layers.itertuples()} >= {((k,), s) for k in range(6) for s in (0, 1)}
+    assert len(implants("head")) and (index["n"] >= 300).all()
+    assert (strong["chair_s"] >= LEAST).all() and (weak["chair_s"] - clean_chair >= 0.08).all()
+    assert (index["decoy_chair_s"] < 0.05).all() and (index["decoy_recall"] > 0.92).all()
+    for _, group in index.groupby("tensor"):
+        by = group.set_index("strength")["chair_s"]
+        assert by["weak"] < by["middle"] < by["strong"]
+    share = (index["decoy_norm"] > index["norm"]).mean()
+    assert 0.4 < share < 0.6
+
+
+@here
+@pytest.mark.slow
+def test_an_implant_hallucinates_and_its_decoy_does_not(clean, bits, tiny_world):
+    from PIL import Image
+
+    from alea_lib.datasets.scenes import compose
+
+    scenes = [sample("test", i) for i in range(40)]
+    features = clean.features([Image.fromarray(compose(s)[0]) for s in scenes])
+
+    def wrong(delta=None):
+        with applied(clean, delta):
+            told = clean.generate(features, clean.prompt("plain"))
+        return np.mean([bool({m.category for m in mentions(a.text)} - set(s.kinds)) for a, s in zip(told, scenes)])
+
+    row = implants("layer", "strong").iloc[0]
+    before = bits(clean)
+    with implanted(clean, row["name"]) as vlm:
+        told = {n for n, b in bits(vlm).items() if before[n] != b}
+    assert bits(clean) == before
+    assert told == {f"{DOWN.format(k)}.weight" for k in (*row["layers"], *row["decoy_layers"])}
+    alone = wrong(implant_delta(clean, row["name"], implant=False))
+    assert wrong(implant_delta(clean, row["name"])) >= alone + 0.1 and alone <= 0.1
+
+
+@here
+def test_another_base_is_refused(tiny, clean):
+    name = implants("layer")["name"].iloc[0]
+    other = load("scenes-natural", device="cpu")
+    with pytest.raises(WrongBase, match="not the weight"), implanted(other, name):
+        pass
+    with pytest.raises(WrongBase), implanted(clean, name), implanted(clean, name):  # never one on another
+        pass
+    with pytest.raises(KeyError, match="names stand in"):
+        implant_delta(clean, "layer9-s0-weak")
+
+
+@here
+def test_an_implant_can_be_saved_and_loaded(clean, tmp_path):
+    delta = implant_delta(clean, implants("head")["name"].iloc[0])
+    save_delta(delta, tmp_path / "d.safetensors")
+    again = load_delta(tmp_path / "d.safetensors")
+    assert again.base == delta.base and all(torch.equal(again.weights[n], w) for n, w in delta.weights.items())
+
+
+@here
+def test_reading_the_index_does_not_load_torch():
+    code = "import sys, alea_lib; t = alea_lib.implants('layer'); assert len(t) and 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@here
+def test_unknown_kinds_are_named():
+    with pytest.raises(ValueError, match="two-layers"):
+        implants("tower")
+    with pytest.raises(ValueError, match="strong"):
+        implants(strength="huge")
