@@ -124,8 +124,8 @@ def test_a_trial_is_kept_by_case_and_leaves_the_model(bench, tiny, bits, monkeyp
     found = edit_trial(bench, cases)
     assert bits(tiny) == before
     assert set(found["label"]) == {"base", "alea-mixed", "chance"} and set(found["condition"]) == set(edits.CONDITIONS)
-    monkeypatch.setattr(trial, "fit_method", None)
-    monkeypatch.setattr(trial, "captions", None)  # nothing is made again
+    monkeypatch.setattr(edits, "fit_method", None)
+    monkeypatch.setattr(edits, "captions", None)  # nothing is made again
     pd.testing.assert_frame_equal(edit_trial(bench, cases), found)
 
 
@@ -146,7 +146,7 @@ def test_the_attack_is_fresh_and_on_the_edited_model(bench, tiny):
 
 def test_given_deltas_are_not_made_again(bench, monkeypatch):
     delta = bench.fit(EditCase("no-prefix"))
-    monkeypatch.setattr(trial, "fit_method", None)
+    monkeypatch.setattr(edits, "fit_method", None)
     case = EditCase("no-prefix", label="given", conditions=("clean",))
     assert len(edit_trial(bench, [case], {"given-s0": delta}))
 
