@@ -19,6 +19,7 @@ from ..core.stats import ratio_items, sum_by_image
 from .records import image_numbers, match, read_records, refuse_doubled
 from .yes_no import check_parser, judged, labels, unparsed, yes_no_ratios
 
+SETTINGS = ("random", "popular", "adversarial")
 QUESTION_COLUMNS = ("question_id", "image", "text", "label")
 EDITIONS = {3000: "3000", 2910: "2910 (older COCO random file)"}
 
