@@ -113,7 +113,9 @@ def _estimate(a: list[pd.DataFrame], b: list[pd.DataFrame], n_resamples: int, se
     """Mean over seeds of ``a``, minus ``b`` of the same seed if given; in each resample seeds are drawn too."""
     tables = _comparable([*a, *b])
     values = np.stack([t.ratios() for t in tables])  # [tables, metrics]
-    resampled = np.stack([t.resampled_ratios(n_resamples, seed) for t in tables], axis=1)  # [resamples, tables, metrics]
+    resampled = np.stack(
+        [t.resampled_ratios(n_resamples, seed) for t in tables], axis=1
+    )  # [resamples, tables, metrics]
     if b:
         values = values[: len(a)] - values[len(a) :]
         resampled = resampled[:, : len(a)] - resampled[:, len(a) :]

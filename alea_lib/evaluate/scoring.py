@@ -152,7 +152,7 @@ def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Be
         by_setting = {"all": found.items, **found.by_setting}
         parts += [items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()]
     if "mme" in by_benchmark:
-        parts.append(mme(by_benchmark["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"))
+        parts.append(mme(by_benchmark["mme"], benchmarks.mme).assign(benchmark="mme", setting="all"))
     if "amber" in by_benchmark:
         parts.append(_amber_items(written, by_benchmark["amber"], benchmarks.amber))
     return parts
@@ -161,7 +161,7 @@ def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Be
 def _amber_items(written: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
     described = written[written["image_id"].isin(benchmark.queries["image_id"])]
     responses = amber_responses(described[["image_id", "caption"]], answers, benchmark)
-    return amber(responses, benchmark).items.assign(benchmark="amber", setting="all")
+    return amber(responses, benchmark).assign(benchmark="amber", setting="all")
 
 
 def truncated(

@@ -26,7 +26,6 @@ _END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s|$)|\n+")
 _NO_END = re.compile(r"(?<![\w'\u2019])(?:mr|mrs|ms|dr|st|vs|e\.g|i\.e|approx|[a-z])\.$", re.I)
 _CUT_NUMBER = re.compile(r"\s*\d+[.)]*$")
 _CLOSED = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]*]*\s*$")
-BUDGET_RULES = ("keep", "drop")
 POINT_METRICS = ("chair_s", "chair_i", "recall", "words")
 
 
@@ -73,18 +72,6 @@ def drop_incomplete(captions: pd.DataFrame) -> pd.DataFrame:
     return captions.assign(
         caption=[text if _CLOSED.search(text) else _without_last(text) for text in captions["caption"]]
     )
-
-
-def under_budget(captions: pd.DataFrame, max_new_tokens: int, rule: str) -> tuple[pd.DataFrame, str]:
-    """Captions that were written under a token budget, by the named rule, and the ``setting`` that states both.
-
-    The budgets in use are 512 tokens, where a model stops by itself, and 64, where it mostly stops amid a
-    sentence: keeping or dropping what was cut off changes CHAIRs by several points. ``keep``: the captions as
-    they are; ``drop``: see ``drop_incomplete``. The setting reads e.g. "max64,drop".
-    """
-    if rule not in BUDGET_RULES:
-        raise DataError(f"unknown rule {rule!r} for the last sentence; choose one of {', '.join(BUDGET_RULES)}")
-    return captions if rule == "keep" else drop_incomplete(captions), f"max{max_new_tokens},{rule}"
 
 
 def frontier(

@@ -1,4 +1,4 @@
-"""Make the questions of POPE, MME's hallucination subset and AMBER, in their own formats, from a world with COCO's files.
+"""Make questions as of POPE, MME's hallucination subset and AMBER, in their formats, from a world with COCO's files.
 
 The world's annotations must be complete: what an image lacks is asked about as absent. ``Wording`` says how.
 """
@@ -37,9 +37,7 @@ class Wording:
 # ---- POPE
 
 
-def make_pope(
-    truth: Truth, setting: str, n_images: int, seed: int, question: Callable[[str], str]
-) -> pd.DataFrame:
+def make_pope(truth: Truth, setting: str, n_images: int, seed: int, question: Callable[[str], str]) -> pd.DataFrame:
     """Six questions an image, yes and no in turn: question_id, image, text, label, image_id, category.
 
     Asked for are objects with an instance, and objects that neither an instance nor a reference caption shows: drawn

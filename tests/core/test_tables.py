@@ -133,7 +133,7 @@ def test_tables_need_neither_torch_nor_lexicon_nor_registry():
         "t.check_metrics(row, declared_only=False)\n"
         "try:\n    t.check_metrics(row)\nexcept t.DataError:\n    pass\n"
         "own = {m for m in sys.modules if m.startswith('alea_lib')}\n"
-        "assert own == {'alea_lib', 'alea_lib.core.files', 'alea_lib.core.tables'} and 'torch' not in sys.modules, own"
+        "assert own == {'alea_lib', 'alea_lib.core', 'alea_lib.core.files', 'alea_lib.core.tables'} and 'torch' not in sys.modules, own"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
