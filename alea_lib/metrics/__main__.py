@@ -26,8 +26,8 @@ Report = dict[str, pd.DataFrame | dict]  # title -> table
 
 def run_chair(args: argparse.Namespace) -> Report:
     """CHAIR, the truncation frontier, and with ``--base`` the gap to it."""
-    files = [_coco_file(args.coco, kind, args.split) for kind in ("instances", "captions")]
-    truth = read_truth(*files, family=args.family, cache=args.cache)
+    instances, references = (_coco_file(args.coco, kind, args.split) for kind in ("instances", "captions"))
+    truth = read_truth(instances, references, args.family, args.cache)
     captions, base = _read(args.captions, args.base, lambda path: read_table(path, "image_id", "caption"))
     report = _compare(lambda table: chair(table, truth, args.family).items, captions, base)
     report["frontier"] = frontier(captions, truth, args.family)

@@ -64,11 +64,12 @@ def read_amber(folder: PathLike) -> Amber:
     ``safe_words.txt``, and the queries (id, image, query) of ``query_all.json``, or else of all ``query_*.json``,
     in the folder or in ``query``. DataError for a missing or malformed file, and a query without annotation."""
     folder = Path(folder)
+    queries = _queries(folder)
     needed = [folder / name for name in ("annotations.json", "relation.json", "safe_words.txt")]
     for path in needed:
         if not path.is_file():
             raise DataError(f"{path}: is missing; AMBER's folder data holds it")
-    queries, notes = _queries(folder), {n["id"]: n for n in read_records(needed[0], ("id", "type", "truth"))}
+    notes = {n["id"]: n for n in read_records(needed[0], ("id", "type", "truth"))}
     if lost := [i for i in queries["id"] if i not in notes]:
         raise DataError(
             f"{folder}: {len(lost)} queries have no annotation, e.g. id {lost[:3]}; take both of one version"
@@ -144,9 +145,10 @@ class Words:
         for name in objects:
             if word in self.relation.get(name, ()):
                 return name
-        for name in objects if self.alike else ():
-            if any(self.alike(word, other) > ALIKE for other in (name, *self.relation.get(name, ()))):
-                return name
+        if self.alike is not None:
+            for name in objects:
+                if any(self.alike(word, other) > ALIKE for other in (name, *self.relation.get(name, ()))):
+                    return name
         return ""
 
 

@@ -48,8 +48,6 @@ def sentence_ends(caption: str) -> list[int]:
 
 def cut(captions: pd.DataFrame, k: int) -> pd.DataFrame:
     """The same table with every caption cut to its first ``k`` whole sentences (k = 0: to nothing)."""
-    if k < 0:
-        raise DataError(f"cannot keep {k} sentences")
     return captions.assign(caption=[_cut(text, k) for text in captions["caption"]])
 
 
@@ -118,7 +116,7 @@ def frontier_gap(
             raise DataError(
                 f"{len(odd)} images are captioned by one side only, e.g. {odd[:3]}; caption the same images"
             )
-    own = sum(_counts(method, truth, family) for method in methods)
+    own = np.sum([_counts(method, truth, family) for method in methods], axis=0)
     stacked = np.concatenate([_points(base, truth, family), own[:, None]], axis=1)
     value = float(_gap(_ratio(stacked.sum(axis=0))[None])[0])
     lo, hi = interval(value, _gap(_ratio(resampled_sums(stacked, n_resamples, seed))))

@@ -50,8 +50,9 @@ class Truth:
         ids = list(image_ids)
         if unknown := [i for i in ids if i not in self]:
             raise DataError(f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}")
-        parts = ({i: part[i] for i in ids if i in part} for part in (self.instances, self.captions, self.file_names))
-        return Truth(*parts, self.family)
+        captions = {i: self.captions[i] for i in ids if i in self.captions}
+        names = {i: self.file_names[i] for i in ids if i in self.file_names}
+        return Truth({i: self.instances[i] for i in ids}, captions, names, self.family)
 
 
 def read_truth(
@@ -94,7 +95,10 @@ def _read_coco(path: PathLike, keys: tuple[str, ...]) -> dict:
 
 def _read_instances(path: PathLike) -> tuple[dict[int, frozenset[str]], dict[int, str]]:
     data = _read_coco(path, ("images", "annotations", "categories"))
-    names = _category_names(path, data["categories"])
+    ids, names = load_lexicon().category_ids, {c.get("id"): c.get("name") for c in data["categories"]}
+    for number, name in names.items():
+        if ids.get(name) != number:
+            raise DataError(f"{path}: category {number} {name!r} is none of COCO's; ids and names must be COCO's own")
     try:
         file_names = {image["id"]: image.get("file_name", "") for image in data["images"]}
         there: dict[int, set[str]] = {image_id: set() for image_id in file_names}
@@ -108,16 +112,6 @@ def _read_instances(path: PathLike) -> tuple[dict[int, frozenset[str]], dict[int
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: an image or annotation lacks {error}; this is not a COCO instances file") from error
     return {i: frozenset(objects) for i, objects in there.items()}, file_names
-
-
-def _category_names(path: PathLike, categories: list[dict]) -> dict[int, str]:
-    """Category id to name, as the file says; every name and id must be COCO's."""
-    ids = load_lexicon().category_ids
-    names = {c.get("id"): c.get("name") for c in categories}
-    for number, name in names.items():
-        if ids.get(name) != number:
-            raise DataError(f"{path}: category {number} {name!r} is none of COCO's; ids and names must be COCO's own")
-    return names
 
 
 def _read_captions(path: PathLike, images: dict[int, frozenset], family: str) -> dict[int, frozenset[str]]:

@@ -13,9 +13,8 @@ from alea_lib.core.files import DataError, write_jsonl
 from alea_lib.core.stats import summarise
 from alea_lib.datasets.describe import existence_question, noun_phrase, references
 from alea_lib.datasets.scenes import companions, sample
-from alea_lib.metrics import amber as amber_module
 from alea_lib.metrics.__main__ import main
-from alea_lib.metrics.amber import Amber, Words, amber, amber_responses, describe, read_amber
+from alea_lib.metrics.amber import Amber, Words, _cosine, amber, amber_responses, describe, read_amber
 
 quick = settings(max_examples=40, deadline=None)
 
@@ -204,7 +203,7 @@ class Doc:
 
 
 def test_similar_words_by_vectors(monkeypatch, benchmark):
-    amber_module._cosine.cache_clear()
+    _cosine.cache_clear()
     loaded = []
     spacy = types.SimpleNamespace(load=lambda name: loaded.append(name) or Doc)
     monkeypatch.setitem(sys.modules, "spacy", spacy)
@@ -212,11 +211,11 @@ def test_similar_words_by_vectors(monkeypatch, benchmark):
     first = described(benchmark, similarity="spacy").iloc[0]
     assert first["wrong"] == () and first["covered"] == ("man", "dog")  # boat ~ man, hot dog ~ dog
     assert loaded == ["en_core_web_lg"] and set(items["scorer"]) == {"strict, spacy"}
-    amber_module._cosine.cache_clear()
+    _cosine.cache_clear()
 
 
 def test_missing_vectors_say_what_to_install(monkeypatch, benchmark):
-    amber_module._cosine.cache_clear()
+    _cosine.cache_clear()
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(DataError, match="needs spaCy: pip install spacy, then python -m spacy download en_core_web_lg"):
         amber(table(), benchmark, similarity="spacy")
