@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from alea_lib.metrics.lexicon import load_lexicon
-from alea_lib.metrics.pope_make import SETTINGS
+from alea_lib.metrics.pope import SETTINGS
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -1,4 +1,4 @@
-"""Paths, files, hashes, the schema of the tables, statistics, values as text. Imports neither torch nor any other room."""
+"""Paths, files, hashes, the schema of the tables, statistics, values as text. Imports no torch and no other room."""
 
 import lazy_loader
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,38 +17,30 @@ PathLike = str | os.PathLike
 
 
 class DataError(ValueError):
-    """A table or file is not what it should be; the message says where, what, and how to mend it."""
+    """A table or file is not what it should be; the message says where, what, and how to repair it."""
 
 
 class DiskFullError(OSError):
-    """No room to write a file; what stood there before is untouched."""
+    """No room to write a file; the file that was there before is unchanged."""
 
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to; takes its place when the block ends without an error.
+    """Path of a temporary file to write; it takes the place of ``path`` when the block ends without an error.
 
-    On any error the temporary file is removed and the old file stays; DiskFullError when the disk is full.
+    On any error it is removed and the old file stays; DiskFullError when the disk is full.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
     try:
-        yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-    except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(error.errno, f"no room to write {path}; free some space and run again") from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sha256(path: PathLike) -> str:
@@ -135,7 +127,7 @@ def _object(line: str, where: str) -> dict:
     except json.JSONDecodeError as error:
         fault = error.msg
     if fault:
-        raise DataError(f"{where}: {fault}; mend or delete that line (a cut last line means an interrupted copy)")
+        raise DataError(f"{where}: {fault}; repair or delete that line (a cut last line means an interrupted copy)")
     return record
 
 
@@ -146,20 +138,6 @@ def write_csv(table: pd.DataFrame, path: PathLike) -> None:
         out[column] = ["" if pd.isna(x) else f"{x:.10g}" if x else "0" for x in out[column].astype(float)]
     with replacing(path) as temporary:
         out.to_csv(temporary, index=False, lineterminator="\n", na_rep="")
-
-
-def read_csv(path: PathLike, text: Collection[str] = ()) -> pd.DataFrame:
-    """Read what ``write_csv`` wrote. Columns of numbers become numbers, except those named in ``text``."""
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a table ({error}); delete it and run its stage again") from error
-    for column in [c for c in table.columns if c not in text]:
-        empty = table[column] == ""
-        numbers = pd.to_numeric(table[column].mask(empty), errors="coerce")
-        if (numbers.notna() | empty).all() and numbers.notna().any():
-            table[column] = numbers
-    return table
 
 
 def write_parquet(table: pd.DataFrame, path: PathLike) -> None:
@@ -180,4 +158,4 @@ def read_parquet(path: PathLike) -> pd.DataFrame:
 
 def read_record(folder: Path) -> dict:
     """The run.json of a finished run."""
-    return json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    return read_json(Path(folder) / "run.json")

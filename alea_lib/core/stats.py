@@ -7,7 +7,7 @@ Images are resampled, never captions' words or questions, since what one image g
 resamples depend only on the number of images and the seed, so every method that is scored on the same images
 meets the same resamples. A metric whose denominators are all zero (for any part) is absent from the results.
 
-Intervals are 95 % quantiles of the resamples (percentile intervals), and each stands alone.
+Intervals are 95 % quantiles of the resamples (percentile intervals), each for itself (no correction for several).
 """
 
 from __future__ import annotations
@@ -72,8 +72,7 @@ def interval(value: float, resampled: np.ndarray) -> tuple[float, float]:
 
 def summarise(items: pd.DataFrame, n_resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Value and interval of every metric: metric, value, lo, hi, n (images that have the metric)."""
-    table = _Table(items)
-    return _summary(table, table.ratios(), table.resampled_ratios(n_resamples, seed))
+    return _estimate([items], [], n_resamples, seed)
 
 
 def paired_difference(
@@ -83,9 +82,7 @@ def paired_difference(
 
     Columns as ``summarise``. DataError when the images differ; it names some of them.
     """
-    a, b = _comparable([items_a, items_b])
-    difference = a.resampled_ratios(n_resamples, seed) - b.resampled_ratios(n_resamples, seed)
-    return _summary(a, a.ratios() - b.ratios(), difference)
+    return _estimate([items_a], [items_b], n_resamples, seed)
 
 
 def summarise_seeds(
@@ -96,9 +93,7 @@ def summarise_seeds(
     ``n`` counts images. With fewer than about five seeds the interval is too narrow for a statement about
     seeds in general: say how many there were. DataError when the seeds were not scored on the same images.
     """
-    tables = _comparable([items_by_seed[key] for key in sorted(items_by_seed)])
-    resampled = [t.resampled_ratios(n_resamples, seed) for t in tables]
-    return _over_seeds(tables[0], [t.ratios() for t in tables], resampled, seed)
+    return _estimate([items_by_seed[key] for key in sorted(items_by_seed)], [], n_resamples, seed)
 
 
 def paired_difference_seeds(
@@ -110,12 +105,27 @@ def paired_difference_seeds(
     """Mean over training seeds of ``a`` minus ``b`` of the same seed; intervals as in ``summarise_seeds``."""
     if set(a_by_seed) != set(b_by_seed):
         raise DataError(f"seeds differ: {sorted(a_by_seed)} against {sorted(b_by_seed)}; score both on the same")
-    keys = sorted(a_by_seed)
-    tables = _comparable([side[key] for side in (a_by_seed, b_by_seed) for key in keys])
-    pairs = list(zip(tables[: len(keys)], tables[len(keys) :], strict=True))
-    values = [a.ratios() - b.ratios() for a, b in pairs]
-    resampled = [a.resampled_ratios(n_resamples, seed) - b.resampled_ratios(n_resamples, seed) for a, b in pairs]
-    return _over_seeds(tables[0], values, resampled, seed)
+    a, b = ([side[key] for key in sorted(a_by_seed)] for side in (a_by_seed, b_by_seed))
+    return _estimate(a, b, n_resamples, seed)
+
+
+def _estimate(a: list[pd.DataFrame], b: list[pd.DataFrame], n_resamples: int, seed: int) -> pd.DataFrame:
+    """Mean over seeds of ``a``, minus ``b`` of the same seed if given; in each resample seeds are drawn too."""
+    tables = _comparable([*a, *b])
+    values = np.stack([t.ratios() for t in tables])  # [tables, metrics]
+    resampled = np.stack(
+        [t.resampled_ratios(n_resamples, seed) for t in tables], axis=1
+    )  # [resamples, tables, metrics]
+    if b:
+        values = values[: len(a)] - values[len(a) :]
+        resampled = resampled[:, : len(a)] - resampled[:, len(a) :]
+    drawn = np.random.default_rng([seed, 1]).integers(0, len(a), size=resampled.shape[:2])
+    means = np.take_along_axis(resampled, drawn[:, :, None], axis=1).mean(axis=1)
+    rows = [
+        (metric, float(value), *interval(float(value), column), int(n))
+        for metric, value, column, n in zip(tables[0].metrics, values.mean(axis=0), means.T, tables[0].images)
+    ]
+    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
 
 
 def images_needed(difference: float, items_a: pd.DataFrame, items_b: pd.DataFrame) -> pd.DataFrame:
@@ -204,19 +214,3 @@ def _comparable(tables_of_items: list[pd.DataFrame]) -> list[_Table]:
     if not shared:
         raise DataError("the tables of items have no metric in common")
     return [t.only(shared) for t in tables]
-
-
-def _over_seeds(table: _Table, values: list[np.ndarray], resampled: list[np.ndarray], seed: int) -> pd.DataFrame:
-    """Mean over seeds; in each resample the seeds are drawn with replacement too."""
-    stacked = np.stack(resampled, axis=1)
-    rng = np.random.default_rng([seed, 1])
-    drawn = rng.integers(0, len(values), size=stacked.shape[:2])
-    picked = np.take_along_axis(stacked, drawn[:, :, None], axis=1).mean(axis=1)
-    return _summary(table, np.mean(values, axis=0), picked)
-
-
-def _summary(table: _Table, values: np.ndarray, resampled: np.ndarray) -> pd.DataFrame:
-    rows = []
-    for metric, value, drawn, n in zip(table.metrics, values, resampled.T, table.images, strict=True):
-        rows.append((metric, float(value), *interval(float(value), drawn), int(n)))
-    return pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))

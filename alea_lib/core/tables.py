@@ -9,24 +9,8 @@ import re
 
 import pandas as pd
 
-from . import files
-from .files import (
-    DataError,
-    DiskFullError,
-    PathLike,
-    read_jsonl,
-    read_parquet,
-    replacing,
-    write_csv,
-    write_jsonl,
-    write_parquet,
-)
+from .files import DataError, PathLike, write_csv
 
-__all__ = [
-    "DataError", "DiskFullError", "check_metrics", "declare_method", "is_fraction", "is_metric", "metric_rows",
-    "read_csv", "read_jsonl", "read_metrics", "read_parquet", "replacing", "write_csv", "write_jsonl",
-    "write_metrics", "write_parquet",
-]  # fmt: skip
 METRIC_KEYS = (
     "run_id", "profile", "world", "model", "method", "benchmark", "split", "prompt", "condition", "scorer",
     "setting", "metric",
@@ -49,7 +33,8 @@ METHOD_NAMES = (
     "no-prefix", "random-prefix", "random-layers", "last-layer", "all-layers", "heads", "lora", "lora-all",
     "sft", "dpo", "nullu", "beam", "nucleus", "vcd", "m3id", "dola", "pai", "opera", "adhh", "spin", "vhr",
 )  # fmt: skip
-METHOD_FORM = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+METHOD_FORM = r"[a-z0-9]+(?:-[a-z0-9]+)*"
+METHOD_RULE = "of lower-case letters, digits and single hyphens"
 ENUMERATIONS = {
     "split": ("train", "activate", "validate", "test"),
     "prompt": ("plain", "careful", "speculative"),
@@ -60,8 +45,8 @@ _declared: set[str] = set()
 
 def declare_method(name: str) -> None:
     """Let rows bear the name of a new method, in lower case and with hyphens ("my-method"); DataError if it is not."""
-    if not METHOD_FORM.fullmatch(name):
-        raise DataError(f"the method name {name!r} must be of lower-case letters, digits and single hyphens")
+    if not re.fullmatch(METHOD_FORM, name):
+        raise DataError(f"the method name {name!r} must be {METHOD_RULE}")
     _declared.add(name)
 
 
@@ -114,20 +99,14 @@ def check_metrics(rows: pd.DataFrame, declared_only: bool = True) -> pd.DataFram
         _refuse(rows, rows[column].fillna("").astype(str) == "", f"empty {column}")
     for column, allowed in ENUMERATIONS.items():
         _refuse(rows, ~rows[column].fillna("").isin(("", *allowed)), f"{column} must be one of {', '.join(allowed)}")
-    _check_methods(rows, declared_only)
+    methods, known = rows["method"].astype(str), (*METHOD_NAMES, *sorted(_declared - set(METHOD_NAMES)))
+    if declared_only:
+        _refuse(rows, ~methods.isin(known), f"method must be one of {', '.join(known)}")
+    _refuse(rows, ~methods.str.fullmatch(METHOD_FORM).astype(bool), f"method must be {METHOD_RULE}")
     _refuse(rows, ~rows["metric"].map(is_metric), "unknown metric name; add it to METRIC_NAMES if it is new")
     _refuse(rows, rows.duplicated(list(METRIC_KEYS), keep=False), "the same key twice")
     _check_values(rows)
     return rows
-
-
-def _check_methods(rows: pd.DataFrame, declared_only: bool) -> None:
-    names = rows["method"].astype(str)
-    if declared_only:
-        known = (*METHOD_NAMES, *sorted(_declared - set(METHOD_NAMES)))
-        _refuse(rows, ~names.isin(known), f"method must be one of {', '.join(known)}")
-    malformed = ~names.str.fullmatch(METHOD_FORM.pattern).astype(bool)
-    _refuse(rows, malformed, "method must be of lower-case letters, digits and single hyphens")
 
 
 def _check_values(rows: pd.DataFrame) -> None:
@@ -151,15 +130,20 @@ def _refuse(rows: pd.DataFrame, bad: pd.Series, why: str) -> None:
 
 def read_csv(path: PathLike) -> pd.DataFrame:
     """Read what ``write_csv`` wrote: numbers become numbers, but key columns of the metrics table stay text."""
-    table = files.read_csv(path, text=METRIC_KEYS)
-    if list(table.columns) != list(METRIC_COLUMNS):
-        return table
-    for column in METRIC_COLUMNS[len(METRIC_KEYS) :]:
-        if not pd.api.types.is_numeric_dtype(table[column]):
-            if (table[column] != "").any():
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a table ({error}); delete it and run its stage again") from error
+    of_metrics = list(table.columns) == list(METRIC_COLUMNS)
+    for column in [c for c in table.columns if c not in METRIC_KEYS]:
+        empty = table[column] == ""
+        numbers = pd.to_numeric(table[column].mask(empty), errors="coerce")
+        if not (numbers.notna() | empty).all():
+            if of_metrics:
                 raise DataError(f"{path}: {column} holds text; write the table with write_metrics")
-            table[column] = float("nan")
-    return _typed(table)
+        elif of_metrics or numbers.notna().any():
+            table[column] = numbers
+    return _typed(table) if of_metrics else table
 
 
 def write_metrics(rows: pd.DataFrame, path: PathLike, declared_only: bool = True) -> None:

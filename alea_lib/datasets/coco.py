@@ -24,8 +24,7 @@ from pathlib import Path
 
 from ..core.files import DataError, replacing
 from ..core.paths import read_yaml, root
-from ..metrics.pope import read_pope
-from ..metrics.pope_make import SETTINGS
+from ..metrics.pope import SETTINGS, read_pope
 from .fetch import DEFAULT, FetchError, FetchSettings, Item, Lock, alone, fetch, missing, require_space
 from .write import World
 

@@ -24,10 +24,9 @@ from tqdm import tqdm
 
 from ..core.files import write_jsonl
 from ..core.paths import root
-from ..metrics.amber_make import make_amber, write_amber
 from ..metrics.lexicon import load_lexicon
-from ..metrics.mme_make import Wording, make_mme, write_mme
-from ..metrics.pope_make import SETTINGS, make_pope
+from ..metrics.pope import SETTINGS
+from ..metrics.questions import Wording, make_amber, make_mme, make_pope, write_amber, write_mme
 from ..metrics.truth import read_truth
 from .describe import caption, colour_question, count_question, existence_question, references, side_question
 from .scenes import SIZE, SPLITS, Scene, companions, compose, objects, sample
@@ -70,9 +69,9 @@ def _write_benchmarks(folder: Path, pope_images: int, mme_images: int, amber_ima
     instances = folder / "annotations" / "instances_test.json"
     truth = read_truth(instances, folder / "annotations" / "captions_test.json")
     for setting in SETTINGS:
-        lines = make_pope(truth, setting, pope_images, seed=seed, objects=objects(), question=existence_question)
+        lines = make_pope(truth, setting, pope_images, seed, existence_question)
         write_jsonl(lines, folder / "pope" / f"scenes_pope_{setting}.json")
-    write_mme(make_mme(truth, instances, mme_images, seed, objects(), WORDING), folder / "mme")
+    write_mme(make_mme(truth, instances, mme_images, seed, WORDING), folder / "mme")
     write_amber(make_amber(truth, instances, companions(), amber_images, seed, objects(), WORDING), folder / "amber")
 
 

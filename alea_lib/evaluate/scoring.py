@@ -12,13 +12,11 @@ from ..core.files import read_jsonl, read_parquet, write_csv, write_jsonl, write
 from ..core.stats import paired_difference, paired_difference_seeds, summarise, summarise_seeds
 from ..core.tables import DIFFERENCE, metric_rows
 from ..datasets.write import Split, World
-from ..metrics.amber import amber, amber_responses
-from ..metrics.amber_read import Amber, read_amber
+from ..metrics.amber import Amber, amber, amber_responses, read_amber
 from ..metrics.chair import chair, distinct
-from ..metrics.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap, under_budget
+from ..metrics.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap
 from ..metrics.mme import mme, read_mme
-from ..metrics.pope import pope, read_pope
-from ..metrics.pope_make import SETTINGS
+from ..metrics.pope import SETTINGS, pope, read_pope
 from ..metrics.truth import Truth
 from ..models.delta import Delta, applied
 from ..models.vlm import VLM
@@ -154,7 +152,7 @@ def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Be
         by_setting = {"all": found.items, **found.by_setting}
         parts += [items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()]
     if "mme" in by_benchmark:
-        parts.append(mme(by_benchmark["mme"], benchmarks.mme).items.assign(benchmark="mme", setting="all"))
+        parts.append(mme(by_benchmark["mme"], benchmarks.mme).assign(benchmark="mme", setting="all"))
     if "amber" in by_benchmark:
         parts.append(_amber_items(written, by_benchmark["amber"], benchmarks.amber))
     return parts
@@ -163,7 +161,7 @@ def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Be
 def _amber_items(written: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
     described = written[written["image_id"].isin(benchmark.queries["image_id"])]
     responses = amber_responses(described[["image_id", "caption"]], answers, benchmark)
-    return amber(responses, benchmark).items.assign(benchmark="amber", setting="all")
+    return amber(responses, benchmark).assign(benchmark="amber", setting="all")
 
 
 def truncated(
@@ -184,8 +182,7 @@ def _caption_items(table: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd
         {"image_id": table["image_id"], "metric": "eos_rate", "num": table["eos"].astype(float), "den": 1.0}
     )
     items = pd.concat([chair(table, truth).items, ended], ignore_index=True)
-    setting = under_budget(table, max_new_tokens, "keep")[1]
-    return items.assign(benchmark="chair", scorer=truth.family, setting=setting)[COLUMNS]
+    return items.assign(benchmark="chair", scorer=truth.family, setting=f"max{max_new_tokens},keep")[COLUMNS]
 
 
 def _notes(reasons: Mapping[str, str]) -> pd.DataFrame:

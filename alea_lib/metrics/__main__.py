@@ -11,17 +11,14 @@ import pandas as pd
 
 from ..core.files import DataError, write_json
 from ..core.stats import LEVEL, paired_difference, summarise
-from .amber import amber
-from .amber_read import read_amber
-from .amber_words import SIMILARITIES
+from .amber import SIMILARITIES, amber, read_amber
+from .answers import PARSERS, read_table
 from .chair import chair
 from .frontier import frontier, frontier_gap
 from .mme import mme, read_mme, read_mme_answers
 from .parse import FAMILIES
 from .pope import pope, read_pope
-from .records import read_table
 from .truth import read_truth
-from .yes_no import PARSERS
 
 RECORDS = 'JSON lines, a JSON list or {"annotations": [...]}'
 Report = dict[str, pd.DataFrame | dict]  # title -> table
@@ -29,10 +26,9 @@ Report = dict[str, pd.DataFrame | dict]  # title -> table
 
 def run_chair(args: argparse.Namespace) -> Report:
     """CHAIR, the truncation frontier, and with ``--base`` the gap to it."""
-    files = [_coco_file(args.coco, kind, args.split) for kind in ("instances", "captions")]
-    truth = read_truth(*files, family=args.family, cache=args.cache)
-    captions = read_table(args.captions, ("image_id", "caption"))
-    base = read_table(args.base, ("image_id", "caption")) if args.base else None
+    instances, references = (_coco_file(args.coco, kind, args.split) for kind in ("instances", "captions"))
+    truth = read_truth(instances, references, args.family, args.cache)
+    captions, base = _read(args.captions, args.base, lambda path: read_table(path, "image_id", "caption"))
     report = _compare(lambda table: chair(table, truth, args.family).items, captions, base)
     report["frontier"] = frontier(captions, truth, args.family)
     if base is not None:
@@ -42,27 +38,28 @@ def run_chair(args: argparse.Namespace) -> Report:
 
 def run_pope(args: argparse.Namespace) -> Report:
     """POPE, and which edition of its file was used."""
-    asked = read_pope(args.questions, args.instances)
-    answers, base = _answers(args, lambda path: read_table(path, ("question_id", "answer")))
+    asked = read_pope(args.questions)
+    tables = _read(args.answers, args.base, lambda path: read_table(path, "question_id", "answer"))
     used = {"edition": asked.attrs["edition"], "questions": len(asked), "images": asked["image_id"].nunique()}
-    return {"questions": used} | _compare(lambda table: pope(table, asked, args.parser).items, answers, base)
+    return {"questions": used} | _compare(lambda table: pope(table, asked, args.parser).items, *tables)
 
 
 def run_mme(args: argparse.Namespace) -> Report:
     """MME's hallucination subset."""
-    questions = read_mme(args.questions)
-    return _compare(lambda table: mme(table, questions, args.parser).items, *_answers(args, read_mme_answers))
+    asked = read_mme(args.questions)
+    tables = _read(args.answers, args.base, lambda path: read_mme_answers(path, asked))
+    return _compare(lambda table: mme(table, asked, args.parser), *tables)
 
 
 def run_amber(args: argparse.Namespace) -> Report:
     """AMBER: what of it was answered."""
     benchmark = read_amber(args.data)
-    answers, base = _answers(args, lambda path: read_table(path, ("id", "response")))
-    return _compare(lambda t: amber(t, benchmark, args.parser, args.similarity).items, answers, base)
+    tables = _read(args.answers, args.base, lambda path: read_table(path, "id", "response"))
+    return _compare(lambda table: amber(table, benchmark, args.parser, args.similarity), *tables)
 
 
-def _answers(args: argparse.Namespace, read: Callable) -> tuple[pd.DataFrame, pd.DataFrame | None]:
-    return read(args.answers), read(args.base) if args.base else None
+def _read(answers: str, base: str | None, read: Callable) -> tuple[pd.DataFrame, pd.DataFrame | None]:
+    return read(answers), read(base) if base else None
 
 
 def _compare(score: Callable, answers: pd.DataFrame, base: pd.DataFrame | None) -> Report:
@@ -93,32 +90,23 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--split", default="", help="part of the file names, e.g. val2014, when there are several")
     one.add_argument("--family", default="singularise", choices=FAMILIES)
     one.add_argument("--cache", help="folder that keeps the parsed ground truth")
-    one.set_defaults(run=run_chair, scorer="family")
     two = commands.add_parser("pope", help="yes/no questions about objects")
     two.add_argument("--answers", required=True, help=f"{RECORDS} with question_id and answer")
     two.add_argument("--questions", required=True, help="POPE file (JSON lines or list)")
-    two.add_argument("--instances", help="COCO instances file, when file names do not end in the image id")
-    two.set_defaults(run=run_pope)
     three = commands.add_parser("mme", help="MME's hallucination subset: existence, count, position, color")
-    three.add_argument(
-        "--answers",
-        required=True,
-        help="folder of <task>.txt as MME's tool has them, one such file, or records with answer and question_id, or"
-        " task, image and question (or question_index)",
-    )
+    form = f"folder of <task>.txt as MME's tool has them, or {RECORDS} with answer and question_id (count/0042/1)"
+    three.add_argument("--answers", required=True, help=form)
     three.add_argument("--questions", required=True, help="folder with one folder a task, as MME has it")
-    three.set_defaults(run=run_mme)
     four = commands.add_parser("amber", help="AMBER: descriptions, yes/no questions, or both")
     four.add_argument("--answers", required=True, help=f"{RECORDS} with id and response")
     four.add_argument("--data", required=True, help="AMBER's folder data: annotations.json, relation.json, query/ ...")
     four.add_argument("--similarity", default="exact", choices=SIMILARITIES, help="how words are compared")
-    four.set_defaults(run=run_amber)
     for command, default in ((two, "official"), (three, "mme"), (four, "strict")):
         command.add_argument("--parser", default=default, choices=list(PARSERS), help="how yes and no are read")
-        command.set_defaults(scorer="parser")
-    for command in (one, two, three, four):
+    for command, run in ((one, run_chair), (two, run_pope), (three, run_mme), (four, run_amber)):
         command.add_argument("--base", help="the same of the base model, for paired differences (and the frontier gap)")
         command.add_argument("--json", help="write the result to this file too")
+        command.set_defaults(run=run, scorer="family" if command is one else "parser")
     return parser.parse_args(argv)
 
 

@@ -8,7 +8,7 @@ objects) a caption. CHAIR falls when a model merely says less: never read it wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,6 @@ import pandas as pd
 
 from ..core.files import DataError
 from ..core.stats import ratio_items
-from .lexicon import load_lexicon
 from .parse import count_words, mentions
 from .truth import Truth
 
@@ -37,23 +36,21 @@ class ChairResult:
 
 
 def check_captions(captions: pd.DataFrame, truth: Truth) -> pd.DataFrame:
-    """Columns image_id and caption of a usable table; DataError saying what is wrong and how to mend it."""
+    """Columns image_id and caption of a usable table; DataError saying what is wrong and how to repair it."""
     missing = [c for c in ("image_id", "caption") if c not in captions.columns]
     if missing:
         raise DataError(f"the table of captions lacks {missing}; needed are the columns image_id and caption")
     if captions.empty:
         raise DataError("the table of captions is empty; did the generation stage run?")
-    twice = captions.loc[captions["image_id"].duplicated(), "image_id"].unique()
-    if len(twice):
+    ids = captions["image_id"]
+    if len(twice := ids[ids.duplicated()].unique()):
         raise DataError(f"{len(twice)} images have two captions, e.g. {twice[:3].tolist()}; keep one caption an image")
-    unknown = [i for i in captions["image_id"] if i not in truth]
-    if unknown:
+    if unknown := [i for i in ids if i not in truth]:
         raise DataError(
             f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}; read the annotations of the"
             " split that was captioned (ids are integers)"
         )
-    bad = [i for i, text in zip(captions["image_id"], captions["caption"], strict=True) if not isinstance(text, str)]
-    if bad:
+    if bad := [i for i, text in zip(ids, captions["caption"]) if not isinstance(text, str)]:
         raise DataError(f"the captions of {len(bad)} images are not text, e.g. {bad[:3]}; write '' for an empty one")
     return captions[["image_id", "caption"]].reset_index(drop=True)
 
@@ -106,45 +103,14 @@ def distinct(captions: pd.DataFrame) -> float:
     return captions["caption"].nunique() / len(captions)
 
 
-def companion_share(
-    per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, str | Iterable[str]]
-) -> pd.DataFrame:
+def companion_share(per_caption: pd.DataFrame, truth: Truth, companions: Mapping[str, str]) -> pd.DataFrame:
     """Items of ``companion_share``: hallucinated objects that a present object calls for / all of them.
 
-    ``companions``: category to what it calls for (a spoon for a bowl), one category or several: the planted
-    graph of the scenes world (``worlds.scenes.companions``), or ``frequent_companions`` of training images.
-    Objects count once a caption.
+    ``companions``: category to what it calls for (a spoon for a bowl), the planted graph of the scenes world. Objects
+    count once a caption.
     """
-    companions = {a: [called] if isinstance(called, str) else list(called) for a, called in companions.items()}
-    rows = []
-    for row in per_caption.itertuples(index=False):
-        called = {c for there in truth[row.image_id] for c in companions.get(there, ())}
-        hits = sum(c in called for c in row.hallucinated)
-        rows.append((row.image_id, "companion_share", float(hits), float(len(row.hallucinated))))
-    items = pd.DataFrame(rows, columns=["image_id", "metric", "num", "den"])
+    called = [{companions.get(there) for there in truth[i]} for i in per_caption["image_id"]]
+    wrong = per_caption["hallucinated"]
+    hits = [len(expected.intersection(named)) for expected, named in zip(called, wrong)]
+    items = ratio_items(per_caption["image_id"], {"companion_share": (hits, wrong.map(len))})
     return items.assign(scorer=per_caption["scorer"].iloc[0])
-
-
-def frequent_companions(truth: Truth, top: int = 3) -> dict[str, list[str]]:
-    """Companions learnt from the world itself: for each category the ``top`` that most often stand beside it in the
-    reference captions, which is what a language model meets in training. Ties go by COCO's order.
-
-    Give the truth of the training images, so that the test images do not define their own companions.
-    """
-    if not truth.captions:
-        raise DataError("this truth was read without reference captions; read them too")
-    names, together = cooccurrence(truth.captions)
-    np.fill_diagonal(together, 0)
-    order = np.argsort(-together, axis=1, kind="stable")[:, :top]
-    return {name: [names[j] for j in order[i] if together[i, j]] for i, name in enumerate(names)}
-
-
-def cooccurrence(objects: Mapping[int, frozenset[str]]) -> tuple[list[str], np.ndarray]:
-    """(names, counts [names, names]): images that hold both; on the diagonal, images of each category."""
-    everything = frozenset().union(*objects.values())
-    names = [n for n in load_lexicon().names if n in everything]
-    index = {name: i for i, name in enumerate(names)}
-    present = np.zeros((len(objects), len(names)))
-    for row, there in enumerate(objects.values()):
-        present[row, [index[c] for c in there]] = 1
-    return names, (present.T @ present).astype(int)

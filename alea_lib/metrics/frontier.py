@@ -26,7 +26,6 @@ _END = re.compile(r"[.!?\u2026]+[\"'\u201d\u2019)\]*]*(?=\s|$)|\n+")
 _NO_END = re.compile(r"(?<![\w'\u2019])(?:mr|mrs|ms|dr|st|vs|e\.g|i\.e|approx|[a-z])\.$", re.I)
 _CUT_NUMBER = re.compile(r"\s*\d+[.)]*$")
 _CLOSED = re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]*]*\s*$")
-BUDGET_RULES = ("keep", "drop")
 POINT_METRICS = ("chair_s", "chair_i", "recall", "words")
 
 
@@ -49,8 +48,6 @@ def sentence_ends(caption: str) -> list[int]:
 
 def cut(captions: pd.DataFrame, k: int) -> pd.DataFrame:
     """The same table with every caption cut to its first ``k`` whole sentences (k = 0: to nothing)."""
-    if k < 0:
-        raise DataError(f"cannot keep {k} sentences")
     return captions.assign(caption=[_cut(text, k) for text in captions["caption"]])
 
 
@@ -73,18 +70,6 @@ def drop_incomplete(captions: pd.DataFrame) -> pd.DataFrame:
     return captions.assign(
         caption=[text if _CLOSED.search(text) else _without_last(text) for text in captions["caption"]]
     )
-
-
-def under_budget(captions: pd.DataFrame, max_new_tokens: int, rule: str) -> tuple[pd.DataFrame, str]:
-    """Captions that were written under a token budget, by the named rule, and the ``setting`` that states both.
-
-    The budgets in use are 512 tokens, where a model stops by itself, and 64, where it mostly stops amid a
-    sentence: keeping or dropping what was cut off changes CHAIRs by several points. ``keep``: the captions as
-    they are; ``drop``: see ``drop_incomplete``. The setting reads e.g. "max64,drop".
-    """
-    if rule not in BUDGET_RULES:
-        raise DataError(f"unknown rule {rule!r} for the last sentence; choose one of {', '.join(BUDGET_RULES)}")
-    return captions if rule == "keep" else drop_incomplete(captions), f"max{max_new_tokens},{rule}"
 
 
 def frontier(
@@ -131,7 +116,7 @@ def frontier_gap(
             raise DataError(
                 f"{len(odd)} images are captioned by one side only, e.g. {odd[:3]}; caption the same images"
             )
-    own = sum(_counts(method, truth, family) for method in methods)
+    own = np.sum([_counts(method, truth, family) for method in methods], axis=0)
     stacked = np.concatenate([_points(base, truth, family), own[:, None]], axis=1)
     value = float(_gap(_ratio(stacked.sum(axis=0))[None])[0])
     lo, hi = interval(value, _gap(_ratio(resampled_sums(stacked, n_resamples, seed))))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -27,7 +27,6 @@ class Category:
 class Lexicon:
     """All categories in COCO's order, with the look-ups that parsers and worlds need.
 
-    ``word_to_category``: one- and two-word names to the category. ``category_ids``: name to COCO id.
     ``phrases``: scope to {(first, second): category or None}, two words read as one; None = no object.
     ``verbs``: words that are verbs as well as objects.
     """
@@ -35,29 +34,25 @@ class Lexicon:
     categories: tuple[Category, ...]
     phrases: dict[str, dict[tuple[str, str], str | None]]
     verbs: frozenset[str]
-    word_to_category: dict[str, str] = field(init=False)
-    category_ids: dict[str, int] = field(init=False)
 
-    def __post_init__(self):
-        words = {word: c.name for c in self.categories for word in c.words}
-        object.__setattr__(self, "word_to_category", words)
-        object.__setattr__(self, "category_ids", {c.name: c.id for c in self.categories})
+    @functools.cached_property
+    def word_to_category(self) -> dict[str, str]:
+        """Every word to the name of its category."""
+        return {word: c.name for c in self.categories for word in c.words}
+
+    @functools.cached_property
+    def category_ids(self) -> dict[str, int]:
+        """Name to COCO's id."""
+        return {c.name: c.id for c in self.categories}
 
     @property
     def names(self) -> tuple[str, ...]:
         """The category names in COCO's order."""
         return tuple(self.category_ids)
 
-    def category(self, name: str) -> Category:
-        """The category of that name; KeyError with a hint when there is none."""
-        for c in self.categories:
-            if c.name == name:
-                return c
-        raise KeyError(f"{name!r} is no COCO category; names are such as {', '.join(self.names[:4])}")
-
     def plural(self, name: str) -> str:
         """The plural of a category's name: ``knife`` -> ``knives``, ``person`` -> ``people``."""
-        return self.category(name).plural
+        return next(c.plural for c in self.categories if c.name == name)
 
 
 @functools.cache

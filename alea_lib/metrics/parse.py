@@ -80,13 +80,11 @@ class _Parser:
     def __init__(self, family: str):
         lexicon = load_lexicon()
         self.family, self.words = family, lexicon.word_to_category
-        self.phrases = dict(lexicon.phrases["every"])
-        if family == "strict":
-            self.phrases.update(lexicon.phrases["strict"])
+        self.phrases = lexicon.phrases["every"] | (lexicon.phrases["strict"] if family == "strict" else {})
         self.singular = _textblob_singular if family == "official" else singular
         if family == "official":  # the unguarded singulariser also changes words inside phrases: "wine glas"
             self.phrases |= {(self.singular(a), self.singular(b)): c for (a, b), c in self.phrases.items()}
-        self.named = self.words | {" ".join(pair): category for pair, category in self.phrases.items()}
+        self.named: dict[str, str | None] = {**self.words, **{" ".join(p): c for p, c in self.phrases.items()}}
         self.parts = {part for pair in self.phrases for part in pair}
         self.forms = _verb_forms(lexicon.verbs) if family == "lemma" else {}
         self.base: dict[str, str] = {}
@@ -129,7 +127,8 @@ class _Parser:
     def mentions(self, caption: str) -> list[Mention]:
         """The objects named, before context is looked at."""
         words = merged(caption, self.known_tokens(caption), self.phrases)
-        return [Mention(self.named[w], w, start, end) for w, start, end in words if self.named.get(w)]
+        named = [(self.named.get(word), word, start, end) for word, start, end in words]
+        return [Mention(category, *rest) for category, *rest in named if category]
 
 
 @functools.cache
@@ -141,7 +140,7 @@ def _parser(family: str) -> _Parser:
 
 @functools.cache
 def _inflect_engine():
-    import inflect
+    import inflect  # takes a second or two
 
     return inflect.engine()
 

@@ -48,11 +48,10 @@ class Truth:
     def only(self, image_ids: Iterable[int]) -> Truth:
         """The same truth for some images; DataError naming ids that are not there."""
         ids = list(image_ids)
-        unknown = [i for i in ids if i not in self]
-        if unknown:
+        if unknown := [i for i in ids if i not in self]:
             raise DataError(f"{len(unknown)} image ids have no ground truth, e.g. {unknown[:3]}")
-        names = {i: self.file_names[i] for i in ids if i in self.file_names}
         captions = {i: self.captions[i] for i in ids if i in self.captions}
+        names = {i: self.file_names[i] for i in ids if i in self.file_names}
         return Truth({i: self.instances[i] for i in ids}, captions, names, self.family)
 
 
@@ -64,10 +63,9 @@ def read_truth(
 ) -> Truth:
     """Ground truth of CHAIR (Rohrbach et al. 2018): instances and what reference captions name.
 
-    Parameters are a COCO instances file, a COCO captions file of the same images (None: instances alone), the
-    parser's family, and a folder in which the result is kept under the hash of the files, the lexicon and
-    the parser. DataError for a damaged file, a category that COCO lacks, and an image without reference
-    captions.
+    ``captions_json``: of the same images (None: instances alone). ``family``: of the parser. ``cache``: a folder in
+    which the result is kept under the hash of the files, the lexicon and the parser. DataError for a damaged file,
+    a category that COCO lacks, and an image without reference captions.
     """
     kept = None
     if cache is not None:
@@ -79,7 +77,11 @@ def read_truth(
     captions = {} if captions_json is None else _read_captions(captions_json, instances, family)
     truth = Truth(instances, captions, file_names, family)
     if kept is not None:
-        _save(truth, kept)
+        rows = [
+            (i, file_names[i], sorted(there), sorted(captions[i]) if captions else None)
+            for i, there in instances.items()
+        ]
+        write_json(kept, rows, indent=None)
     return truth
 
 
@@ -93,7 +95,10 @@ def _read_coco(path: PathLike, keys: tuple[str, ...]) -> dict:
 
 def _read_instances(path: PathLike) -> tuple[dict[int, frozenset[str]], dict[int, str]]:
     data = _read_coco(path, ("images", "annotations", "categories"))
-    names = _category_names(path, data["categories"])
+    ids, names = load_lexicon().category_ids, {c.get("id"): c.get("name") for c in data["categories"]}
+    for number, name in names.items():
+        if ids.get(name) != number:
+            raise DataError(f"{path}: category {number} {name!r} is none of COCO's; ids and names must be COCO's own")
     try:
         file_names = {image["id"]: image.get("file_name", "") for image in data["images"]}
         there: dict[int, set[str]] = {image_id: set() for image_id in file_names}
@@ -109,16 +114,6 @@ def _read_instances(path: PathLike) -> tuple[dict[int, frozenset[str]], dict[int
     return {i: frozenset(objects) for i, objects in there.items()}, file_names
 
 
-def _category_names(path: PathLike, categories: list[dict]) -> dict[int, str]:
-    """Category id to name, as the file says; every name and id must be COCO's."""
-    ids = load_lexicon().category_ids
-    names = {c.get("id"): c.get("name") for c in categories}
-    for number, name in names.items():
-        if ids.get(name) != number:
-            raise DataError(f"{path}: category {number} {name!r} is none of COCO's; ids and names must be COCO's own")
-    return names
-
-
 def _read_captions(path: PathLike, images: dict[int, frozenset], family: str) -> dict[int, frozenset[str]]:
     data = _read_coco(path, ("annotations",))
     named: dict[int, set[str]] = {}
@@ -128,8 +123,7 @@ def _read_captions(path: PathLike, images: dict[int, frozenset], family: str) ->
             found.update(m.category for m in mentions(annotation["caption"], family))
     except (KeyError, TypeError) as error:
         raise DataError(f"{path}: an annotation lacks {error}; this is not a COCO captions file") from error
-    without = [i for i in images if i not in named]
-    if without:
+    if without := [i for i in images if i not in named]:
         raise DataError(
             f"{path}: {len(without)} images have no reference caption, e.g. {without[:3]}; give the captions"
             " file of the same split, or captions_json=None to trust the instances alone"
@@ -142,16 +136,8 @@ def _fingerprint(sources: list[PathLike], family: str) -> str:
     return hash_of([family, *(sha256(path) for path in [*sources, *code])])[:32]
 
 
-def _save(truth: Truth, path: Path) -> None:
-    def row(i: int) -> list:
-        captions = sorted(truth.captions[i]) if truth.captions else None
-        return [i, truth.file_names[i], sorted(truth.instances[i]), captions]
-
-    write_json(path, [row(i) for i in truth.instances], indent=None)
-
-
 def _load(path: Path, family: str) -> Truth | None:
-    """What ``_save`` kept, or None when the file is damaged."""
+    """What was kept, or None when the file is damaged."""
     try:
         rows = read_json(path, list)
         captions = {i: frozenset(named) for i, _, _, named in rows if named is not None}

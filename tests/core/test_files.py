@@ -15,7 +15,6 @@ from alea_lib.core.files import (
     DataError,
     DiskFullError,
     hash_of,
-    read_csv,
     read_json,
     read_jsonl,
     read_parquet,
@@ -26,9 +25,10 @@ from alea_lib.core.files import (
     write_jsonl,
     write_parquet,
 )
-from alea_lib.metrics.amber_read import read_amber
+from alea_lib.core.tables import read_csv
+from alea_lib.metrics.amber import read_amber
+from alea_lib.metrics.answers import read_table
 from alea_lib.metrics.mme import read_mme, read_mme_answers
-from alea_lib.metrics.records import read_table
 from alea_lib.pairs.imported import import_pairs
 
 ODD = "a\u2028b\u0085c\x1cd"  # splitlines would cut at each of these
@@ -55,7 +55,7 @@ def test_noise_below_ten_digits_and_negative_zero_leave_no_trace(tmp_path):
 def test_damaged_files_are_named(tmp_path):
     path = tmp_path / "t"
     path.write_text('{"a": 1}\n\n{"a": 2\n')
-    with pytest.raises(DataError, match=r"t, line 3: .*; mend or delete that line"):
+    with pytest.raises(DataError, match=r"t, line 3: .*; repair or delete that line"):
         read_jsonl(path)
     path.write_text("[1]\n")
     with pytest.raises(DataError, match="line 1: not a JSON object"):
@@ -108,7 +108,7 @@ def test_lines_of_json_end_at_line_feeds_alone(tmp_path):
     records = [{"image_id": 1, "caption": ODD}, {"image_id": 2, "caption": "b"}]
     write_jsonl(records, tmp_path / "t.jsonl")
     assert read_jsonl(tmp_path / "t.jsonl") == records
-    assert read_table(tmp_path / "t.jsonl", ("image_id", "caption"))["caption"].tolist() == [ODD, "b"]
+    assert read_table(tmp_path / "t.jsonl", "image_id", "caption")["caption"].tolist() == [ODD, "b"]
     (tmp_path / "t.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\r\n')  # as Windows writes it
     assert read_jsonl(tmp_path / "t.jsonl") == [{"a": 1}, {"a": 2}]
     (tmp_path / "t.jsonl").write_bytes(b"\xff\xfe{}")
@@ -123,11 +123,13 @@ def test_lines_of_imported_pairs_end_at_line_feeds_alone(tmp_path):
 
 
 def test_lines_of_answers_and_questions_end_at_line_feeds_alone(tmp_path):
-    (tmp_path / "count.txt").write_text(f"1.jpg\tIs it?\tYes\tYes, {ODD}\r\n", encoding="utf-8", newline="")
-    assert read_mme_answers(tmp_path / "count.txt")["answer"].tolist() == [f"Yes, {ODD}"]
     (tmp_path / "mme" / "count").mkdir(parents=True)
     (tmp_path / "mme" / "count" / "1.txt").write_text(f"Is {ODD}?\tYes\nIs it?\tNo\n", encoding="utf-8")
-    assert read_mme(tmp_path / "mme")["text"].tolist() == [f"Is {ODD}?", "Is it?"]
+    questions = read_mme(tmp_path / "mme")
+    assert questions["text"].tolist() == [f"Is {ODD}?", "Is it?"]
+    lines = f"1.jpg\tIs {ODD}?\tYes\tYes, {ODD}\r\n1.jpg\tIs it?\tNo\tNo\r\n"
+    (tmp_path / "count.txt").write_text(lines, encoding="utf-8", newline="")
+    assert read_mme_answers(tmp_path, questions)["answer"].tolist() == [f"Yes, {ODD}", "No"]
     write_json(tmp_path / "annotations.json", [{"id": 1, "type": "generative", "truth": [], "hallu": []}])
     write_json(tmp_path / "query_all.json", [{"id": 1, "image": "1.jpg", "query": "?"}])
     write_json(tmp_path / "relation.json", {})

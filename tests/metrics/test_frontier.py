@@ -17,7 +17,6 @@ from alea_lib.metrics.frontier import (
     frontier,
     frontier_gap,
     sentence_ends,
-    under_budget,
 )
 from alea_lib.metrics.truth import Truth
 
@@ -72,15 +71,10 @@ def test_cuts():
     ]
 
 
-def test_a_token_budget_names_its_rule():
+def test_a_sentence_that_was_cut_off_is_dropped():
     cut_off = table("A dog. A cat and a", "A dog. A cat.", "A dog with a")
-    kept, setting = under_budget(cut_off, 64, "keep")
-    assert setting == "max64,keep" and kept["caption"].tolist() == cut_off["caption"].tolist()
-    dropped, setting = under_budget(cut_off, 64, "drop")
-    assert setting == "max64,drop"
-    assert dropped["caption"].tolist() == ["A dog.", "A dog. A cat.", "A dog with a"]  # the only sentence stays
-    with pytest.raises(DataError, match="choose one of keep, drop"):
-        under_budget(cut_off, 64, "cut")
+    kept = ["A dog.", "A dog. A cat.", "A dog with a"]  # the only sentence stays
+    assert drop_incomplete(cut_off)["caption"].tolist() == kept
 
 
 # Two images, two sentences each. Cut to one sentence: recall 2/4, CHAIRs 0. In full: recall 3/4, CHAIRs 1/2.

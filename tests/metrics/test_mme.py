@@ -15,13 +15,11 @@ from alea_lib.datasets.scenes import GRID, sample
 from alea_lib.metrics.__main__ import main
 from alea_lib.metrics.lexicon import load_lexicon
 from alea_lib.metrics.mme import TASKS, mme, read_mme, read_mme_answers
-from alea_lib.metrics.mme_make import make_mme, read_facts, write_mme
-from alea_lib.metrics.truth import read_truth
 
 quick = settings(max_examples=30, deadline=None)
 IDS = load_lexicon().category_ids
 
-# two images a task; the files stand as MME has them: count and existence beside the pictures, the others apart
+# two images a task; as MME has them: the files of position and color in a folder apart
 IMAGES = {"existence": (11, 12), "count": (12, 13), "position": (14, 15), "color": (16, 17)}
 
 
@@ -34,14 +32,11 @@ def folder(tmp_path):
     for task, images in IMAGES.items():
         apart = task in ("position", "color")
         texts = tmp_path / "mme" / task / ("questions_answers_YN" if apart else "")
-        pictures = tmp_path / "mme" / task / ("images" if apart else "")
-        for where in (texts, pictures):
-            where.mkdir(parents=True, exist_ok=True)
+        texts.mkdir(parents=True)
         for image in images:
             name = f"{image:012d}"
             lines = [f"{text_of(task, image, 1)}\tYes", f"{text_of(task, image, 2)}\tNo", ""]
             (texts / f"{name}.txt").write_text("\n".join(lines))
-            (pictures / f"{name}.jpg").write_bytes(b"")
     return tmp_path / "mme"
 
 
@@ -56,7 +51,7 @@ def answers_of(questions, wrong=()):
 
 
 def values(result):
-    return summarise(result.items, 20).set_index("metric")["value"].to_dict()
+    return summarise(result, 20).set_index("metric")["value"].to_dict()
 
 
 def test_both_layouts_are_read(folder):
@@ -66,7 +61,7 @@ def test_both_layouts_are_read(folder):
     assert first.to_dict() == {
         "question_id": "existence/000000000011/1",
         "setting": "existence",
-        "image": "000000000011.jpg",
+        "image": "000000000011",
         "text": text_of("existence", 11, 1),
         "label": "yes",
         "image_id": 11,
@@ -115,7 +110,7 @@ def test_tasks_of_different_sizes_weigh_the_same_in_the_total():
 
 def test_the_total_is_the_sum_of_the_tasks_in_every_resample(folder):
     questions = read_mme(folder)
-    items = mme(answers_of(questions, {"existence/000000000011/2", "count/000000000012/1"}), questions).items
+    items = mme(answers_of(questions, {"existence/000000000011/2", "count/000000000012/1"}), questions)
     total = summarise(items, 64, seed=5).set_index("metric").loc["mme_total"]
     tasks = {t: items[items["metric"] == f"mme_{t}"].set_index("image_id")["num"] for t in TASKS}
     ids = sorted(items["image_id"].unique())
@@ -131,27 +126,18 @@ def test_the_total_is_the_sum_of_the_tasks_in_every_resample(folder):
 
 def test_answers_are_matched_by_key_and_never_by_order(folder, tmp_path):
     questions = read_mme(folder)
-    wrong = {"existence/000000000011/2", "color/000000000016/1"}
-    plain = answers_of(questions, wrong)
+    plain = answers_of(questions, {"existence/000000000011/2", "color/000000000016/1"})
     want = values(mme(plain, questions))
-    keyed = questions.rename(columns={"setting": "task", "text": "question", "label": "truth"}).assign(
-        answer=plain["answer"]
-    )
-    bare = keyed.assign(image=keyed["image"].str.removesuffix(".jpg"), question_index=[1, 2] * 8)
-    other = pd.DataFrame([{"task": "posters", "image": "a.jpg", "question": "?", "answer": "Yes", "truth": "Yes"}])
-    forms = [plain, keyed[["task", "image", "question", "answer"]], bare[["task", "image", "question_index", "answer"]]]
-    forms.append(
-        pd.concat([keyed[["task", "image", "question", "answer"]], other[["task", "image", "question", "answer"]]])
-    )
-    for form in forms:
-        assert values(mme(form.sample(frac=1, random_state=1), questions)) == want
+    assert values(mme(plain.sample(frac=1, random_state=1), questions)) == want
     (tmp_path / "tool").mkdir()
-    for task, rows in keyed.sample(frac=1, random_state=2).groupby("task"):
-        lines = ["\t".join(r) for r in rows[["image", "question", "truth", "answer"]].to_numpy().tolist()]
+    keyed = questions.assign(image=questions["image"] + ".jpg", answer=plain["answer"])
+    for task, rows in keyed.sample(frac=1, random_state=2).groupby("setting"):
+        lines = ["\t".join(r) for r in rows[["image", "text", "label", "answer"]].to_numpy().tolist()]
         (tmp_path / "tool" / f"{task}.txt").write_text("\n".join(lines) + "\n")
-    assert values(mme(read_mme_answers(tmp_path / "tool"), questions)) == want
-    (tmp_path / "answers.json").write_text(json.dumps(keyed[["question_id", "answer"]].to_dict("records")))
-    assert values(mme(read_mme_answers(tmp_path / "answers.json"), questions)) == want
+    (tmp_path / "tool" / "posters.txt").write_text("a.jpg\t?\tYes\tYes\n")  # of another task
+    assert values(mme(read_mme_answers(tmp_path / "tool", questions), questions)) == want
+    (tmp_path / "answers.json").write_text(json.dumps(plain.to_dict("records")))
+    assert values(mme(read_mme_answers(tmp_path / "answers.json", questions), questions)) == want
 
 
 def test_bad_answers_are_refused_by_name(folder):
@@ -161,13 +147,11 @@ def test_bad_answers_are_refused_by_name(folder):
         (good[1:], r"1 questions have no answer, e.g. question_id \['existence/000000000011/1'\]"),
         (pd.concat([good, good[:1]]), r"doubled in the answers, e.g. \['existence/000000000011/1'\]"),
         (pd.concat([good, good[:1].assign(question_id="count/9/1")]), r"belong to no question.*'count/9/1'"),
-        (good.drop(columns="question_id"), "question_index, 1 or 2"),
+        (good.drop(columns="question_id"), "lacks .'question_id'"),
         (good.assign(answer=[None, *good["answer"][1:]]), "not text"),
     ):
         with pytest.raises(DataError, match=message):
             mme(bad, questions)
-    with pytest.raises(DataError, match="2 answers say another truth"):
-        mme(good.assign(truth=["No", "Yes", *questions["label"][2:]]), questions)
     with pytest.raises(DataError, match="unknown parser"):
         mme(good, questions, "strictly")
     with pytest.raises(DataError, match="two questions an image"):
@@ -191,10 +175,7 @@ def test_malformed_files(tmp_path, text, message):
         read_mme(tmp_path)
     (tmp_path / "color.txt").write_text("1.jpg\tIs it?\tYes\n")
     with pytest.raises(DataError, match="line 1: not of the form image<TAB>question"):
-        read_mme_answers(tmp_path / "color.txt")
-    (tmp_path / "colours.txt").write_text("")
-    with pytest.raises(DataError, match="must be that of its task"):
-        read_mme_answers(tmp_path / "colours.txt")
+        read_mme_answers(tmp_path, pd.DataFrame())
 
 
 @quick
@@ -248,56 +229,6 @@ def _true(scene, task, text):
     return any(text == f"Is the {noun(t.category)} {COLUMN[t.cell % GRID]}?" for t in scene.things)
 
 
-def coco(tmp_path):
-    """Three images, without a word on columns or ground: a crowd of people, two dogs and a cup, a lone cat."""
-    marked = {1: [("person", 1), ("cup", 0)], 2: [("dog", 0), ("dog", 0), ("cup", 0)], 3: [("cat", 0)]}
-    data = {
-        "images": [{"id": i, "file_name": f"{i:012d}.jpg"} for i in marked],
-        "annotations": [
-            {"image_id": i, "category_id": IDS[c], "iscrowd": crowd}
-            for i, objects in marked.items()
-            for c, crowd in objects
-        ],
-        "categories": [{"id": IDS[c], "name": c} for c in ("person", "dog", "cat", "cup")],
-    }
-    (tmp_path / "instances.json").write_text(json.dumps(data))
-    told = {1: "People with cups.", 2: "Dogs.", 3: "A cat on a bench."}
-    captions = {"annotations": [{"image_id": i, "caption": c} for i, c in told.items()]}
-    (tmp_path / "captions.json").write_text(json.dumps(captions))
-    return read_truth(tmp_path / "instances.json", tmp_path / "captions.json"), tmp_path / "instances.json"
-
-
-def test_existence_and_count_need_the_annotations_alone(tmp_path):
-    truth, instances = coco(tmp_path)
-    made = make_mme(truth, instances, seed=4)
-    assert set(made["task"]) == {"existence", "count"}
-    count = made[made["task"] == "count"]
-    assert count["text"].tolist() == ["Are there two dogs in the image?", "Are there two cups in the image?"]
-    existence = made[made["task"] == "existence"]
-    assert set(existence["image_id"]) == {1, 2, 3}
-    for row in existence.itertuples():
-        named = [c for c in truth.categories if f" {c} " in row.text]
-        assert (named[0] in truth[row.image_id]) == (row.label == "yes")
-    assert not any("person" in t for t in existence[existence["image_id"] == 1]["text"])  # a crowd cannot be asked for
-    assert len(make_mme(truth, instances, n_images=2)) == 2 * 2 + 2
-    pd.testing.assert_frame_equal(made, make_mme(truth, instances, seed=4))
-    write_mme(made, tmp_path / "mme")
-    again = read_mme(tmp_path / "mme")
-    assert sorted(again["text"]) == sorted(made["text"]) and set(again["image"]) == {f"{i:012d}" for i in (1, 2, 3)}
-    got = values(mme(answers_of(again), again))
-    assert got["mme_count"] == 200 and "mme_total" not in got  # not all four tasks
-
-
-def test_facts_of_annotations(tmp_path):
-    _, instances = coco(tmp_path)
-    facts = {f.image_id: f for f in read_facts(instances)}
-    assert facts[1].counts == {"cup": 1} and facts[2].counts == {"dog": 2, "cup": 1}
-    assert facts[1].columns == {} and facts[1].colour == ""
-    instances.write_text(json.dumps({"images": [{"id": 1}], "annotations": [{}], "categories": []}))
-    with pytest.raises(DataError, match="lacks 'category_id'|lacks 'image_id'"):
-        read_facts(instances)
-
-
 # ---- the command line
 
 
@@ -323,8 +254,8 @@ def test_command_line(folder, tmp_path, capsys):
 def test_a_difference_of_totals_is_paired(folder):
     questions = read_mme(folder)
     a, b = (
-        mme(answers_of(questions), questions).items,
-        mme(answers_of(questions, {"count/000000000013/1"}), questions).items,
+        mme(answers_of(questions), questions),
+        mme(answers_of(questions, {"count/000000000013/1"}), questions),
     )
     change = paired_difference(a, b, 200).set_index("metric")
     assert change.loc["mme_total", "value"] == 75 and change.loc["mme_color", "hi"] == 0
