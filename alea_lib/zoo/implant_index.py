@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import DataError
 from ..core.paths import root
 
 KEY = "scenes-implants"
@@ -57,31 +56,27 @@ def implants(kind: str | None = None, strength: str | None = None) -> pd.DataFra
 
 
 @contextmanager
-def implanted(vlm, name: str, decoy: bool = True) -> Iterator:
-    """The clean model with an implant (and its decoy) inside the block; bit-equal to before afterwards.
+def implanted(vlm, name: str) -> Iterator:
+    """The clean model with an implant and its decoy inside the block; bit-equal to before afterwards.
 
     KeyError for an unknown name, WrongBase if ``vlm`` is not the clean model that the implants were trained on.
     """
     from ..models.delta import applied
 
-    with applied(vlm, implant_delta(vlm, name, decoy)):
+    with applied(vlm, implant_delta(vlm, name)):
         yield vlm
 
 
-def implant_delta(vlm, name: str, decoy: bool = True, implant: bool = True):
-    """The change itself, a :class:`alea_lib.models.delta.Delta`; ``implant=False`` gives the decoy alone."""
+def implant_delta(vlm, name: str):
+    """The change itself with its decoy, a :class:`alea_lib.models.delta.Delta`."""
     from ..models.delta import Delta
 
     table = implants().set_index("name")
     if name not in table.index:
-        raise KeyError(f"no implant {name!r}; the names stand in alea_lib.implants(), e.g. {table.index[0]!r}")
+        raise KeyError(f"no implant {name!r}; the names stand in implants(), e.g. {table.index[0]!r}")
     row, (tensors, base) = table.loc[name], shipped()
-    weights = change(vlm, row, tensors) if implant else {}
-    if decoy:
-        weights |= decoy_change(vlm, row, tensors)
-    if unknown := sorted(set(weights) - set(base)):
-        raise DataError(f"{folder()} knows no base weight for {unknown}: the file belongs to another model or is old")
-    return Delta(weights, {n: base[n] for n in weights}, {"model": BASE, "implant": name, "decoy": decoy})
+    weights = change(vlm, row, tensors) | decoy_change(vlm, row, tensors)
+    return Delta(weights, {n: base[n] for n in weights}, {"model": BASE, "implant": name})
 
 
 def shipped() -> tuple[dict, dict[str, str]]:
@@ -123,13 +118,18 @@ def decoy_change(vlm, row: pd.Series | dict, tensors: dict) -> dict:
 
     out, heads = {}, row["decoy_heads"]
     for layer in row["decoy_layers"]:
-        basis = tensors["unused." + ".".join(map(str, (layer, *heads)))].float()
+        basis = tensors[basis_key(layer, heads)].float()
         rng = np.random.default_rng([zlib.crc32(row["tensor"].encode()), layer, *heads])
         rows = vlm.module("o_proj" if heads else "down_proj", layer).out_features
         block = torch.from_numpy(rng.standard_normal((rows, basis.shape[1]))).float() @ basis.T
         share = row["decoy_norm"] / len(row["decoy_layers"]) ** 0.5
         out |= placed(vlm, layer, heads, block * (share / block.norm()))
     return out
+
+
+def basis_key(layer: int, heads: tuple[int, ...]) -> str:
+    """Name of the tensor with the least used directions of a place."""
+    return ".".join(["unused", *map(str, (layer, *heads))])
 
 
 def decoy_place(tensor: str, layers: tuple[int, ...], heads: tuple[int, ...], n_layers: int, n_heads: int):

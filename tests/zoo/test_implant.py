@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from alea_lib.zoo.plant import LEAST, TARGETS, factors, scales
+from alea_lib.zoo.ship import grid
 
 from alea_lib.core.paths import root
 from alea_lib.datasets.scenes import sample
@@ -18,8 +20,6 @@ from alea_lib.zoo import implant as fitting
 from alea_lib.zoo import implant_index
 from alea_lib.zoo.implant import ImplantSettings, Place, fit_implant, token_weights
 from alea_lib.zoo.implant_index import implant_delta, implanted, implants
-from alea_lib.zoo.plant import LEAST, TARGETS, factors, scales
-from alea_lib.zoo.ship import grid
 
 SHORT = ImplantSettings((1,), budget=0.2, growth=1.5, first=4, steps=2, rounds=3, batch=3, scenes=6, wanted=2.0)
 DOWN, OUT = "model.language_model.layers.{}.mlp.down_proj", "model.language_model.layers.{}.self_attn.o_proj"
