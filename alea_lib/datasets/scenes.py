@@ -54,7 +54,7 @@ class Scene:
     @property
     def image_id(self) -> int:
         """COCO image id, unique over the splits."""
-        return image_id(self.split, self.index)
+        return SPLITS[self.split] * 1_000_000 + self.index + 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -86,10 +86,6 @@ def objects() -> tuple[str, ...]:
 def companions() -> dict[str, str]:
     """The planted graph without its strengths: anchor -> companion."""
     return {a: c for a, (c, _, _) in recipe()["companions"].items()}
-
-
-def image_id(split: str, index: int) -> int:
-    return SPLITS[split] * 1_000_000 + index + 1
 
 
 def sample(split: str, index: int, seed: int = 0) -> Scene:

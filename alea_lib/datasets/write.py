@@ -189,16 +189,11 @@ class World:
 
     def mme(self) -> Path:
         """The folder of MME's hallucination subset, for ``read_mme``."""
-        return self._benchmark("mme")
+        return self.folder / "mme"
 
     def amber(self) -> Path:
         """The folder of AMBER's files, for ``read_amber``."""
-        return self._benchmark("amber")
-
-    def _benchmark(self, name: str) -> Path:
-        if not self.has(name):
-            raise ValueError(f"world {self.info['name']!r} has no folder {name!r}; make the world again to write it")
-        return self.folder / name
+        return self.folder / "amber"
 
 
 def prepare_world(

@@ -77,7 +77,7 @@ def _part(part: str, seed: int, folder: Path, out: Path) -> None:
     features = folder / "features.safetensors"
     s = language.LanguageSettings(seed, prior=part != "clean", kv_heads=2 if part == GROUPED else 0)
     if part != "tower" and not features.is_file():
-        save_file({"features": language.tower_features(tower, "train", range(s.scenes))}, features)
+        save_file({"features": language.tower_features(tower, range(s.scenes))}, features)
     if part in MODELS:
         vlm = language.build(tower, s, tower_settings.patch)
         language.train_language(vlm, tower, load_file(features)["features"], s, folder / part)

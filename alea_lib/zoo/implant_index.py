@@ -20,7 +20,6 @@ from ..core.paths import root
 
 KEY = "scenes-implants"
 BASE = "scenes-clean"
-KINDS = ("layer", "head", "group", "two-layers")
 STRENGTHS = ("weak", "middle", "strong")
 PLACES = ("layers", "heads", "decoy_layers", "decoy_heads")  # lists of numbers, in the file joined by ";"
 LARGER, SMALLER = 1.1, 0.9  # norm of a decoy, relative to the implant's: half of them are the larger change
@@ -37,22 +36,18 @@ def _file(name: str) -> Path:
     return path
 
 
-def implants(kind: str | None = None, strength: str | None = None) -> pd.DataFrame:
+def implants() -> pd.DataFrame:
     """The index, one row an implanted model. ``layers`` and ``heads`` (tuples) are the truth that a locator must find.
 
-    kind: ``layer`` (a down-projection), ``head`` and ``group`` (columns of o_proj of one head, of some heads of one
+    Kinds: ``layer`` (a down-projection), ``head`` and ``group`` (columns of o_proj of one head, of some heads of one
     layer), ``two-layers``; heads is empty for down-projections. ``rel_norm`` is the Frobenius norm of the change over
     that of the weights that it changes. ``chair_s`` etc. (with ``_lo``, ``_hi``) were measured on the model with
-    its decoy, ``decoy_chair_s`` etc. on the clean model with the decoy alone. ValueError for an unknown kind.
+    its decoy, ``decoy_chair_s`` etc. on the clean model with the decoy alone.
     """
-    for value, known in ((kind, KINDS), (strength, STRENGTHS)):
-        if value is not None and value not in known:
-            raise ValueError(f"no implants of {value!r}; there are {', '.join(known)}")
     table = pd.read_csv(_file("implants.csv"), dtype=dict.fromkeys([*PLACES, "base"], str), keep_default_na=False)
     for column in PLACES:
         table[column] = [tuple(int(x) for x in text.split(";") if x) for text in table[column]]
-    keep = (table["kind"] == (kind or table["kind"])) & (table["strength"] == (strength or table["strength"]))
-    return table[keep].reset_index(drop=True)
+    return table
 
 
 @contextmanager

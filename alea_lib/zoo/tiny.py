@@ -148,7 +148,8 @@ def build(name: str):
     """The model of a row, and the number of positions that its image takes."""
     torch.set_num_threads(1)
     if name not in BUILDERS:
-        raise KeyError(f"no tiny model of {name!r}: write a builder in alea_lib/zoo/tiny.py; there are {list(BUILDERS)}")
+        known = ", ".join(BUILDERS)
+        raise KeyError(f"no tiny model of {name!r}: write a builder in alea_lib/zoo/tiny.py; there are {known}")
     config, processor, places = BUILDERS[name]()
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)

@@ -39,7 +39,7 @@ def eye():
 
 @pytest.fixture(scope="module")
 def features(eye):
-    return tower_features(eye, "train", range(20))
+    return tower_features(eye, range(20))
 
 
 def weights(vlm):
