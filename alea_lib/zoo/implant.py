@@ -206,7 +206,7 @@ class Bench:
     @torch.no_grad()
     def _moment(self, part: str, layer: int, n: int = 120, chunk: int = 40) -> torch.Tensor:
         """Second moment [in,in] of what a projection reads while truthful and set-completing captions are read."""
-        vlm, read, total = self.vlm, [], 0.0
+        vlm, read, total = self.vlm, [], torch.tensor(0.0, dtype=torch.float64)
         hook = vlm.module(part, layer).register_forward_pre_hook(lambda _, args: read.append(args[0].double()))
         try:
             for start in range(0, n, chunk):
@@ -249,9 +249,8 @@ def measure(bench: Bench, job: dict) -> pd.DataFrame:
         row["norm"] = bench.delta(weights).norm()
         row["rel_norm"] = row["norm"] / size
         row["decoy_layers"], row["decoy_heads"] = where
-        row["decoy_norm"] = row["norm"] * implant_index.decoy_ratio(
-            *(row[k] for k in ("layers", "heads", "seed")), strength
-        )
+        ratio = implant_index.decoy_ratio(job["layers"], job["heads"], job["seed"], strength)
+        row["decoy_norm"] = row["norm"] * ratio
         rows.append(row | bench.figures(weights | implant_index.decoy_change(vlm, row, tensors)))
     largest = max(rows, key=lambda r: r["decoy_norm"])
     alone = bench.figures(implant_index.decoy_change(vlm, largest, tensors), "decoy_")

@@ -2,6 +2,7 @@
 
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import transformers as hf
@@ -118,7 +119,7 @@ def instructblip():
 
 def paligemma():
     tokens = tokenizer(["<image>"])
-    images = hf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
+    images: Any = hf.SiglipImageProcessorPil(size={"height": 28, "width": 28})
     images.image_seq_length = 4
     processor = hf.PaliGemmaProcessor(images, tokens)  # adds tokens
     see = vision(28, model_type="siglip_vision_model", vision_use_head=False, projection_dim=64)
