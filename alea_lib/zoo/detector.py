@@ -31,7 +31,7 @@ class Detector:
         return np.concatenate(out)
 
     def detect(self, images: list) -> list[frozenset[str]]:
-        """The set of categories seen in each image."""
+        """The set of categories detected in each image."""
         names = np.array(objects())
         return [frozenset(names[row >= self.threshold].tolist()) for row in self.scores(images)]
 

@@ -85,10 +85,9 @@ class Place:
 
 
 def fit_implant(vlm: VLM, features: torch.Tensor, s: ImplantSettings) -> tuple[Delta, list[float]]:
-    """Train a prior into one place; the model is left bit-equal.
+    """Train a prior into one place; the model is left bit-equal. ``features`` [N,P,D]: of the first N training scenes.
 
-    features [N,P,D] are those of the first N training scenes. Returns the delta (fp32) and the loss of each step (nats
-    a token, weighted).
+    Returns the delta (fp32) and the loss of each step (nats a token, weighted).
     """
     place = Place(vlm, s.layers, s.heads)
     blocks = {n: torch.zeros_like(place.own(n)).requires_grad_(True) for n in place.weights}
@@ -207,8 +206,7 @@ class Bench:
     def _moment(self, part: str, layer: int, n: int = 120, chunk: int = 40) -> torch.Tensor:
         """Second moment [in,in] of what a projection reads while truthful and set-completing captions are read."""
         vlm, read, total = self.vlm, [], torch.tensor(0.0, dtype=torch.float64)
-        hook = vlm.module(part, layer).register_forward_pre_hook(lambda _, args: read.append(args[0].double()))
-        try:
+        with vlm.module(part, layer).register_forward_pre_hook(lambda _, args: read.append(args[0].double())):
             for start in range(0, n, chunk):
                 rng = np.random.default_rng([5, start])
                 rows = range(start, start + chunk)
@@ -218,8 +216,6 @@ class Bench:
                 vlm.hidden(vlm.embed(batch), batch.mask)
                 x = read.pop()[batch.mask.bool()]
                 total = total + x.T @ x
-        finally:
-            hook.remove()
         return total
 
 
