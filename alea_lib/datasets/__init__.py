@@ -7,8 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "coco": ["fetch_coco"],
         "describe": ["references"],
-        "prepare": ["prepare_world"],
         "scenes": ["companions", "compose", "glyph_path", "objects", "recipe", "sample"],
-        "write": ["World", "make_scenes"],
+        "write": ["World", "make_scenes", "prepare_world"],
     },
 )

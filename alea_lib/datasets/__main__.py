@@ -10,7 +10,7 @@ from pathlib import Path
 from ..core.files import DataError
 from ..core.paths import RunError, root
 from .coco import EDITIONS, PARTS, Catalogue, check_coco, fetch_coco, load_catalogue, needed
-from .fetch import DEFAULT, FetchSettings, Lock, gib
+from .fetch import gib
 
 MIRROR = "ALEA_COCO_MIRROR"
 
@@ -20,14 +20,10 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     one = parser.add_subparsers(dest="command", required=True).add_parser("fetch", help="download and check a world")
     one.add_argument("world", choices=["coco"])
     one.add_argument("--only", default=",".join(PARTS), help=f"parts, with commas between: {', '.join(PARTS)}")
-    one.add_argument("--to", help="folder of the world (default: data/coco)")
+    one.add_argument("--to", type=Path, help="folder of the world (default: data/coco)")
     one.add_argument("--edition", default="new", choices=EDITIONS, help="of POPE; old is the one LLaVA-1.5 reports")
     one.add_argument("--from", dest="mirror", default=os.environ.get(MIRROR, ""), metavar="URL",
                      help=f"a server with the same files (default: ${MIRROR}, else the original ones)")  # fmt: skip
-    one.add_argument("--catalogue", help="what there is to download (default: data/coco.yaml)")
-    one.add_argument("--workers", type=int, default=DEFAULT.workers, help="downloads at a time")
-    one.add_argument("--timeout", type=float, default=DEFAULT.timeout, help="seconds a server may stay silent")
-    one.add_argument("--tries", type=int, default=DEFAULT.tries, help="attempts at a file")
     one.add_argument("--list", action="store_true", help="say what would be downloaded, and stop")
     one.add_argument("--check", action="store_true", help="verify what is there, and stop")
     return parser.parse_args(argv)
@@ -37,51 +33,45 @@ def main(argv: list[str] | None = None) -> int:
     """Fetch, list or check; 2 and one line on stderr when it cannot be done, 130 when stopped."""
     args = _parse(argv)
     try:
-        folder = Path(args.to) if args.to else root() / "data" / "coco"
-        return _act(args, folder, load_catalogue(args.catalogue, args.mirror))
+        _act(args, args.to or root() / "data" / "coco", load_catalogue(mirror=args.mirror))
     except (DataError, RunError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; finished files are kept: call again to go on", file=sys.stderr)
         return 130
+    return 0
 
 
-def _act(args: argparse.Namespace, folder: Path, catalogue: Catalogue) -> int:
-    parts = [part for part in args.only.split(",") if part]
+def _act(args: argparse.Namespace, folder: Path, catalogue: Catalogue) -> None:
     if args.list:
         _list(catalogue, folder)
-        return 0
-    if args.check:
+    elif args.check:
         n, faults = check_coco(folder, catalogue)
         print(*faults, f"{folder}: {n} files checked, {len(faults)} faults", sep="\n")
         if faults:
             raise DataError(f"{folder} is not in order: delete the files named above, and fetch again")
-        return 0
-    settings = FetchSettings(args.workers, args.timeout, args.tries)
-    world = fetch_coco(folder, parts, args.edition, catalogue, settings)
-    sizes = ", ".join(f"{name} {n}" for name, n in world.info["sizes"].items())
-    print(f"{folder}: POPE edition {args.edition}; images: {sizes or 'none'}")
-    return 0
+    else:
+        world = fetch_coco(folder, [part for part in args.only.split(",") if part], args.edition, catalogue)
+        sizes = ", ".join(f"{name} {n}" for name, n in world.info["sizes"].items())
+        print(f"{folder}: POPE edition {args.edition}; images: {sizes or 'none'}")
 
 
 def _list(catalogue: Catalogue, folder: Path) -> None:
     """Every part with its files, sizes, sums and purpose; nothing is downloaded."""
-    print("part | bytes | sha256 | what\n--- | --- | --- | ---")
+    print("part | bytes (about) | sha256 | what\n--- | --- | --- | ---")
     archive = catalogue.archive()
-    print(_row("annotations", archive.bytes, archive.size, archive.sha256, f"{PARTS['annotations']}: {archive.url}"))
+    rows = [("annotations", archive.size, archive.sha256, f"{PARTS['annotations']}: {archive.url}")]
     for edition in EDITIONS:
-        for item in catalogue.questions(edition).values():
-            print(_row("pope", item.bytes, item.size, item.sha256, f"questions, edition {edition}: {item.url}"))
+        questions = catalogue.questions(edition).values()
+        rows += [("pope", i.size, i.sha256, f"questions, edition {edition}: {i.url}") for i in questions]
     for part in (p for p in PARTS if p != "annotations"):
         n = catalogue.sizes.get(part, 500)
-        print(_row(part, None, n * catalogue.image(1).size, "", f"{PARTS[part]}: {n} single files"))
-    total = needed(catalogue, list(PARTS), Lock(folder))
-    print(f"\nall parts need about {gib(total)} more in {folder}, unpacked annotations included")
-
-
-def _row(part: str, known: int | None, size: int, sha256: str, what: str) -> str:
-    return " | ".join([part, f"{known:,}" if known is not None else f"about {size:,}", sha256 or "-", what])
+        rows.append((part, n * catalogue.image(1).size, "-", f"{PARTS[part]}: {n} single files"))
+    for part, size, sum_, what in rows:
+        print(f"{part} | {size:,} | {sum_} | {what}")
+    left = needed(catalogue, list(PARTS), folder)
+    print(f"\nall parts need about {gib(left)} more in {folder}, unpacked annotations included")
 
 
 if __name__ == "__main__":

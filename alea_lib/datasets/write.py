@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..core.files import write_jsonl
+from ..core.files import DataError, write_jsonl
 from ..core.paths import root
 from ..metrics.lexicon import load_lexicon
 from ..metrics.pope import SETTINGS
@@ -32,6 +32,8 @@ from .describe import caption, colour_question, count_question, existence_questi
 from .scenes import SIZE, SPLITS, Scene, companions, compose, objects, sample
 
 WORDING = Wording(existence_question, count_question, side_question, colour_question)  # what the models were taught
+MME_IMAGES = 60  # a task; as many of the test split as allow the questions, at most
+AMBER_IMAGES = 200  # the same
 
 
 def make_scenes(
@@ -42,14 +44,11 @@ def make_scenes(
     test: int = 1000,
     pope_images: int = 250,
     training_sample: int = 500,
-    mme_images: int = 60,
-    amber_images: int = 200,
 ) -> World:
     """Write the scenes world to ``folder`` (replaced when it exists); returns it opened.
 
-    ``activate``, ``validate``, ``test``: images of each split. ``mme_images`` (a task) and ``amber_images``: as many of
-    the test split as allow the questions, at most. Train scenes are composed on the fly while training; only a sample
-    of the set-completing annotator's captions is written for readers.
+    ``activate``, ``validate``, ``test``: images of each split. Train scenes are composed on the fly while training;
+    only a sample of the set-completing annotator's captions is written for readers.
     """
     shutil.rmtree(folder, ignore_errors=True)
     for part in ("images", "annotations", "pope", "training"):
@@ -58,21 +57,20 @@ def make_scenes(
     for split, n in sizes.items():
         _write_split(folder, split, n, seed)
     pope_images = min(pope_images, test // 2)
-    _write_benchmarks(folder, pope_images, mme_images, amber_images, seed)
+    _write_benchmarks(folder, pope_images, seed)
     _write_training_sample(folder / "training" / "captions_set_completed_train.json", training_sample, seed)
-    info = {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": pope_images}
-    _dump(folder / "world.json", info)
+    _dump(folder / "world.json", {"name": "scenes", "seed": seed, "sizes": sizes, "pope_images": pope_images})
     return World(folder)
 
 
-def _write_benchmarks(folder: Path, pope_images: int, mme_images: int, amber_images: int, seed: int) -> None:
+def _write_benchmarks(folder: Path, pope_images: int, seed: int) -> None:
     instances = folder / "annotations" / "instances_test.json"
     truth = read_truth(instances, folder / "annotations" / "captions_test.json")
     for setting in SETTINGS:
         lines = make_pope(truth, setting, pope_images, seed, existence_question)
         write_jsonl(lines, folder / "pope" / f"scenes_pope_{setting}.json")
-    write_mme(make_mme(truth, instances, mme_images, seed, WORDING), folder / "mme")
-    write_amber(make_amber(truth, instances, companions(), amber_images, seed, objects(), WORDING), folder / "amber")
+    write_mme(make_mme(truth, instances, MME_IMAGES, seed, WORDING), folder / "mme")
+    write_amber(make_amber(truth, instances, companions(), AMBER_IMAGES, seed, objects(), WORDING), folder / "amber")
 
 
 def _write_split(folder: Path, split: str, n: int, seed: int) -> None:
@@ -144,7 +142,7 @@ class World:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        if at := self.info.get("at"):  # a run's folder of a world that lies elsewhere (see worlds.prepare)
+        if at := self.info.get("at"):  # a run's folder of a world that lies elsewhere (see prepare_world)
             self.folder = root() / at
             del self.info
 
@@ -190,13 +188,37 @@ class World:
 
     def mme(self) -> Path:
         """The folder of MME's hallucination subset, for ``read_mme``."""
-        return self._benchmark("mme")
+        return self.folder / "mme"
 
     def amber(self) -> Path:
         """The folder of AMBER's files, for ``read_amber``."""
-        return self._benchmark("amber")
+        return self.folder / "amber"
 
-    def _benchmark(self, name: str) -> Path:
-        if not self.has(name):
-            raise ValueError(f"world {self.info['name']!r} has no folder {name!r}; make the world again to write it")
-        return self.folder / name
+
+def prepare_world(
+    name: str, folder: Path, seed: int = 0, activate: int = 0, validate: int = 0, test: int = 0, pope_images: int = 0
+) -> World:
+    """The world ``name`` for a run, opened: ``scenes`` is written to ``folder`` in these sizes; any other lies in
+    ``data/<name>`` (or in the folder of that path), and ``folder`` only says where.
+
+    DataError before anything is written when there is no such world, or a split of it has fewer images than the sizes
+    ask for; the message names the command that fetches them. ``pope_images`` counts for the composed world alone.
+    """
+    if name == "scenes":
+        return make_scenes(folder, seed, activate, validate, test, pope_images)
+    there = root() / "data" / name if (root() / "data" / name).is_dir() else root() / name
+    fetch = f"python -m alea_lib.datasets fetch {Path(name).name}"
+    if not (there / "world.json").is_file():
+        raise DataError(f"there is no world {name!r} in data: {fetch}")
+    sizes = World(there).info["sizes"]
+    for split, n in {"activate": activate, "validate": validate, "test": test}.items():
+        if n > sizes.get(split, 0):
+            raise DataError(
+                f"world {name!r} has {sizes.get(split, 0)} images of split {split!r}, the profile asks for {n}: "
+                f"ask for fewer, or {fetch}"
+            )
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    at = there.relative_to(root()).as_posix() if there.is_relative_to(root()) else str(there)
+    (folder / "world.json").write_text(json.dumps({"at": at}) + "\n")
+    return World(folder)

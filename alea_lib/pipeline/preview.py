@@ -190,9 +190,8 @@ def _downloads(model: _Model, parts: list[str]) -> list[tuple[str, int, bool]]:
         found.append((f"{model.row.hub} at {model.row.revision[:12]}", size, checks.in_cache(model.row)))
     if parts:
         from ..datasets.coco import load_catalogue, needed
-        from ..datasets.fetch import Lock
 
-        left = needed(load_catalogue(), parts, Lock(paths.root() / "data" / "coco"))
+        left = needed(load_catalogue(), parts, paths.root() / "data" / "coco")
         found.append((f"COCO: {', '.join(parts)}", left, not left))
     return found
 

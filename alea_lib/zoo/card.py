@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import asdict
@@ -10,8 +9,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..core.files import read_jsonl
+from ..core.files import read_jsonl, read_record, sha256
 from ..core.tables import read_csv
+from ..models.vlm import VLM
+from .language import LanguageSettings
 from .vision import VisionSettings
 
 CARD_METRICS = ("chair_s", "chair_i", "recall", "companion_share", "pope_accuracy")
@@ -29,21 +30,20 @@ def key(name: str, seed: int) -> str:
     return f"scenes-{name}" + (f"-s{seed}" if seed else "")
 
 
-def ship(name: str, seed: int, work: Path, out: Path, tower: VisionSettings) -> Path:
-    """Copy the trained model to ``out``, with its logs merged into ``training.json`` and a README (the model card)."""
-    folder = out / key(name, seed)
+def ship(vlm: VLM, name: str, tower: VisionSettings, language: LanguageSettings, work: Path, out: Path) -> Path:
+    """Write a trained model to ``out`` in half precision, with its logs as ``training.json`` and a README (the card)."""
+    folder = out / key(name, language.seed)
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(work / name / "model", folder)
+    vlm.model.half().save_pretrained(folder)
+    vlm.processor.save_pretrained(folder)
     (folder / "model.safetensors").chmod(0o644)
-    settings = json.loads((work / name / "settings.json").read_text())
     log = {
         "tower": {"settings": asdict(tower), "curve": read_jsonl(work / "tower" / "vision.jsonl")},
-        "language": {"settings": settings, "curve": read_jsonl(work / name / "language.jsonl")},
+        "language": {"settings": asdict(language), "curve": read_jsonl(work / name / "language.jsonl")},
     }
     (folder / "training.json").write_text(json.dumps(log, indent=1) + "\n")
-    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "sha256.txt").write_text(f"{digest}  model.safetensors\n")
-    write_card(folder, name, seed, digest)
+    (folder / "sha256.txt").write_text(f"{sha256(folder / 'model.safetensors')}  model.safetensors\n")
+    write_card(folder, name)
     return folder
 
 
@@ -61,23 +61,20 @@ def measured_table(card: pd.DataFrame, name: str, run_id: str) -> str:
 
 def write_measured(run_dir: Path, out: Path) -> None:
     """Put the figures of a finished run of notebook 01_models on the cards of the models that it measured."""
-    from ..core.files import read_record
-
     record, card = read_record(run_dir), read_csv(run_dir / "card.csv")
     for name in ("natural", "clean"):
         folder = out / record["params"][name.upper()]
-        suffix = folder.name.rpartition("-s")[2]
-        seed = int(suffix) if suffix.isdigit() else 0
-        digest = (folder / "sha256.txt").read_text().split()[0]
-        write_card(folder, name, seed, digest, measured_table(card, name, record["run_id"]))
+        write_card(folder, name, measured_table(card, name, record["run_id"]))
 
 
-def write_card(folder: Path, name: str, seed: int, digest: str, table: str = "") -> None:
+def write_card(folder: Path, name: str, table: str = "") -> None:
     """The README of a model folder. ``table`` is the measured table (markdown) that notebook 01 recomputes."""
+    digest = (folder / "sha256.txt").read_text().split()[0]
     log = json.loads((folder / "training.json").read_text())
     language, tower = log["language"], log["tower"]
     alone = not language["settings"].get("kv_heads")
     seconds = {k: v["curve"][-1]["seconds"] for k, v in log.items()}
+    seed = language["settings"]["seed"]
     text = f"""# {folder.name}
 
 A small LLaVA (`LlavaForConditionalGeneration`), {TITLES[name]}.

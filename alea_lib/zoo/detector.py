@@ -31,7 +31,7 @@ class Detector:
         return np.concatenate(out)
 
     def detect(self, images: list) -> list[frozenset[str]]:
-        """The set of categories seen in each image."""
+        """The set of categories detected in each image."""
         names = np.array(objects())
         return [frozenset(names[row >= self.threshold].tolist()) for row in self.scores(images)]
 
@@ -63,22 +63,18 @@ def choose_threshold(tower: Tower, patch: int, n: int = 1000) -> tuple[float, di
 def save_detector(tower: Tower, s: VisionSettings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     threshold, quality = choose_threshold(tower, s.patch)
-    save_file(_cast(tower.state_dict(), torch.float16), folder / "tower.safetensors")
+    save_file(tower.half().state_dict(), folder / "tower.safetensors")
     shape = {k: getattr(s, k) for k in ("width", "mlp", "layers", "heads", "patch")}
     info = {"shape": shape, "threshold": threshold, "validate": quality}
     (folder / "detector.json").write_text(json.dumps(info, indent=1) + "\n")
 
 
-def _cast(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
-
-
 def load_detector(key: str = "scenes-detector") -> Detector:
-    """The shipped detector. FileNotFoundError names the command that trains one."""
+    """The shipped detector, in fp32. FileNotFoundError names the command that trains one."""
     folder = root() / "data" / "models" / key
     if not (folder / "detector.json").is_file():
         raise FileNotFoundError(f"no detector in {folder}: train it with 'make model'")
     info = json.loads((folder / "detector.json").read_text())
     tower = Tower(VisionSettings(**info["shape"]))
-    tower.load_state_dict(_cast(load_file(folder / "tower.safetensors"), torch.float32))
+    tower.load_state_dict(load_file(folder / "tower.safetensors"))
     return Detector(tower, info["threshold"])

@@ -16,12 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.files import DataError
 from ..core.paths import root
 
 KEY = "scenes-implants"
 BASE = "scenes-clean"
-KINDS = ("layer", "head", "group", "two-layers")
 STRENGTHS = ("weak", "middle", "strong")
 PLACES = ("layers", "heads", "decoy_layers", "decoy_heads")  # lists of numbers, in the file joined by ";"
 LARGER, SMALLER = 1.1, 0.9  # norm of a decoy, relative to the implant's: half of them are the larger change
@@ -38,50 +36,42 @@ def _file(name: str) -> Path:
     return path
 
 
-def implants(kind: str | None = None, strength: str | None = None) -> pd.DataFrame:
+def implants() -> pd.DataFrame:
     """The index, one row an implanted model. ``layers`` and ``heads`` (tuples) are the truth that a locator must find.
 
-    kind: ``layer`` (a down-projection), ``head`` and ``group`` (columns of o_proj of one head, of some heads of one
+    Kinds: ``layer`` (a down-projection), ``head`` and ``group`` (columns of o_proj of one head, of some heads of one
     layer), ``two-layers``; heads is empty for down-projections. ``rel_norm`` is the Frobenius norm of the change over
     that of the weights that it changes. ``chair_s`` etc. (with ``_lo``, ``_hi``) were measured on the model with
-    its decoy, ``decoy_chair_s`` etc. on the clean model with the decoy alone. ValueError for an unknown kind.
+    its decoy, ``decoy_chair_s`` etc. on the clean model with the decoy alone.
     """
-    for value, known in ((kind, KINDS), (strength, STRENGTHS)):
-        if value is not None and value not in known:
-            raise ValueError(f"no implants of {value!r}; there are {', '.join(known)}")
     table = pd.read_csv(_file("implants.csv"), dtype=dict.fromkeys([*PLACES, "base"], str), keep_default_na=False)
     for column in PLACES:
         table[column] = [tuple(int(x) for x in text.split(";") if x) for text in table[column]]
-    keep = (table["kind"] == (kind or table["kind"])) & (table["strength"] == (strength or table["strength"]))
-    return table[keep].reset_index(drop=True)
+    return table
 
 
 @contextmanager
-def implanted(vlm, name: str, decoy: bool = True) -> Iterator:
-    """The clean model with an implant (and its decoy) inside the block; bit-equal to before afterwards.
+def implanted(vlm, name: str) -> Iterator:
+    """The clean model with an implant and its decoy inside the block; bit-equal to before afterwards.
 
     KeyError for an unknown name, WrongBase if ``vlm`` is not the clean model that the implants were trained on.
     """
     from ..models.delta import applied
 
-    with applied(vlm, implant_delta(vlm, name, decoy)):
+    with applied(vlm, implant_delta(vlm, name)):
         yield vlm
 
 
-def implant_delta(vlm, name: str, decoy: bool = True, implant: bool = True):
-    """The change itself, a :class:`alea_lib.models.delta.Delta`; ``implant=False`` gives the decoy alone."""
+def implant_delta(vlm, name: str):
+    """The change itself with its decoy, a :class:`alea_lib.models.delta.Delta`."""
     from ..models.delta import Delta
 
     table = implants().set_index("name")
     if name not in table.index:
-        raise KeyError(f"no implant {name!r}; the names stand in alea_lib.implants(), e.g. {table.index[0]!r}")
+        raise KeyError(f"no implant {name!r}; the names stand in implants(), e.g. {table.index[0]!r}")
     row, (tensors, base) = table.loc[name], shipped()
-    weights = change(vlm, row, tensors) if implant else {}
-    if decoy:
-        weights |= decoy_change(vlm, row, tensors)
-    if unknown := sorted(set(weights) - set(base)):
-        raise DataError(f"{folder()} knows no base weight for {unknown}: the file belongs to another model or is old")
-    return Delta(weights, {n: base[n] for n in weights}, {"model": BASE, "implant": name, "decoy": decoy})
+    weights = change(vlm, row, tensors) | decoy_change(vlm, row, tensors)
+    return Delta(weights, {n: base[n] for n in weights}, {"model": BASE, "implant": name})
 
 
 def shipped() -> tuple[dict, dict[str, str]]:
@@ -123,13 +113,18 @@ def decoy_change(vlm, row: pd.Series | dict, tensors: dict) -> dict:
 
     out, heads = {}, row["decoy_heads"]
     for layer in row["decoy_layers"]:
-        basis = tensors["unused." + ".".join(map(str, (layer, *heads)))].float()
+        basis = tensors[basis_key(layer, heads)].float()
         rng = np.random.default_rng([zlib.crc32(row["tensor"].encode()), layer, *heads])
         rows = vlm.module("o_proj" if heads else "down_proj", layer).out_features
         block = torch.from_numpy(rng.standard_normal((rows, basis.shape[1]))).float() @ basis.T
         share = row["decoy_norm"] / len(row["decoy_layers"]) ** 0.5
         out |= placed(vlm, layer, heads, block * (share / block.norm()))
     return out
+
+
+def basis_key(layer: int, heads: tuple[int, ...]) -> str:
+    """Name of the tensor with the least used directions of a place."""
+    return ".".join(["unused", *map(str, (layer, *heads))])
 
 
 def decoy_place(tensor: str, layers: tuple[int, ...], heads: tuple[int, ...], n_layers: int, n_heads: int):

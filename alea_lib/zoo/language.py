@@ -94,11 +94,11 @@ def _same_queries(attention: nn.Module, s: LanguageSettings) -> None:
 
 
 @torch.no_grad()
-def tower_features(tower: Tower, split: str, indices, seed: int = 0, chunk: int = 250) -> torch.Tensor:
-    """Features [N,P,D] in half precision of composed scenes (before the projector)."""
+def tower_features(tower: Tower, indices, chunk: int = 250) -> torch.Tensor:
+    """Features [N,P,D] in half precision of training scenes (before the projector)."""
     out = []
     for start in range(0, len(indices), chunk):
-        images = np.stack([compose(sample(split, int(i), seed))[0] for i in indices[start : start + chunk]])
+        images = np.stack([compose(sample("train", i))[0] for i in indices[start : start + chunk]])
         out.append(tower(pixels(images))[0].half())
     return torch.cat(out)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
 from ..datasets.describe import COLUMN, noun, plural
 from ..datasets.scenes import SIZE, objects, recipe
 from ..models.families import PROMPTS_SMALL, chat
@@ -23,11 +27,8 @@ def words() -> list[str]:
     return sorted({p for t in texts for p in re.findall(PIECE, t.replace(IMAGE, ""))})
 
 
-def build_tokenizer():
+def build_tokenizer() -> PreTrainedTokenizerFast:
     """A ``PreTrainedTokenizerFast`` with <unk> <s> </s> <pad> <image>; left padding, BOS added."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
     special = ["<unk>", "<s>", "</s>", "<pad>"]
     vocabulary = {t: i for i, t in enumerate(special + words())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -40,10 +41,8 @@ def build_tokenizer():
     return fast
 
 
-def build_processor(patch: int):
+def build_processor(patch: int) -> LlavaProcessor:
     """LlavaProcessor over the PIL image processor (no torchvision), images of SIZE pixels."""
-    from transformers import CLIPImageProcessorPil, LlavaProcessor
-
     crop = {"height": SIZE, "width": SIZE}
     images = CLIPImageProcessorPil(
         size={"shortest_edge": SIZE}, crop_size=crop, image_mean=[0.5] * 3, image_std=[0.25] * 3
@@ -51,8 +50,6 @@ def build_processor(patch: int):
     return LlavaProcessor(images, build_tokenizer(), patch, "default", num_additional_image_tokens=1)
 
 
-def pixels(images):
+def pixels(images) -> torch.Tensor:
     """uint8 [B, SIZE, SIZE, 3] -> float32 [B, 3, SIZE, SIZE], the numbers that the processor makes."""
-    import torch
-
     return (torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.25

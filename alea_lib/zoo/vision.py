@@ -52,12 +52,12 @@ class Tower(nn.Module):
         return h, self.patches(h), self.colour(h.mean(1))
 
 
-def batch_of(indices, split: str, patch: int, seed: int = 0):
+def batch_of(indices, split: str, patch: int):
     """Pixels [B,3,S,S], patch labels [B,P], background colours [B] of composed scenes."""
     images, labels, colours = [], [], []
     order = list(recipe()["colours"])
     for i in indices:
-        scene = sample(split, int(i), seed)
+        scene = sample(split, int(i))
         image, cover = compose(scene)
         images.append(image)
         labels.append(patch_labels(scene, cover, patch))

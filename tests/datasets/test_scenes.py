@@ -27,7 +27,6 @@ from alea_lib.datasets.scenes import (  # fmt: skip
     recipe,
     sample,
 )
-from alea_lib.datasets.scenes import image_id as id_of
 from alea_lib.datasets.write import World, make_scenes
 from alea_lib.metrics.lexicon import load_lexicon
 from alea_lib.metrics.parse import mentions
@@ -53,13 +52,13 @@ def digests(folder):
 # ---- the recipe
 
 
-def test_objects_are_coco_categories_with_a_picture():
+def test_objects_are_coco_categories_with_a_glyph():
     assert len(objects()) >= 45 and set(objects()) <= set(load_lexicon().names)
     assert len(set(recipe()["glyphs"].values())) == len(objects())
     for category in objects():
         with Image.open(glyph_path(category)) as glyph:
             assert glyph.size == (72, 72)
-            assert np.asarray(glyph.convert("RGBA"))[..., 3].mean() > 25  # not an empty picture
+            assert np.asarray(glyph.convert("RGBA"))[..., 3].mean() > 25  # not an empty image
 
 
 def test_contexts():
@@ -118,13 +117,13 @@ def test_two_makings_are_equal_byte_for_byte(tmp_path, tiny_world):
     assert digests(again.folder) == digests(tiny_world.folder)
 
 
-def test_200_pictures_twice_are_pixel_equal():
-    def picture(i):
+def test_200_images_twice_are_pixel_equal():
+    def drawn(i):
         image, cover = compose(sample("validate", i))
         return hashlib.sha256(image.tobytes() + cover.tobytes()).hexdigest()
 
-    first = [picture(i) for i in range(200)]
-    assert [picture(i) for i in reversed(range(200))] == first[::-1] and len(set(first)) == 200
+    first = [drawn(i) for i in range(200)]
+    assert [drawn(i) for i in reversed(range(200))] == first[::-1] and len(set(first)) == 200
 
 
 @settings(max_examples=200, deadline=None)
@@ -396,16 +395,8 @@ def test_the_published_splits_are_the_ones_that_are_made():
     sizes = load_profile("scenes")["stages"]["01_world"]
     for split, row in published.items():
         assert SPLITS[split] == row["number"]
-        assert id_of(split, 0) == row["first_id"]
+        assert sample(split, 0).image_id == row["first_id"]
         if split != "train":
-            assert id_of(split, sizes[f"N_{split.upper()}"] - 1) == row["last_id"]
+            assert sample(split, sizes[f"N_{split.upper()}"] - 1).image_id == row["last_id"]
     ends = sorted((row["first_id"], row["last_id"]) for row in published.values())
     assert all(a[1] < b[0] for a, b in zip(ends, ends[1:], strict=False))
-
-
-def test_a_world_without_a_benchmark_says_so(tmp_path, tiny_world):
-    assert tiny_world.mme().name == "mme" and tiny_world.amber().name == "amber"
-    (tmp_path / "world.json").write_text((tiny_world.folder / "world.json").read_text())
-    for accessor in (World(tmp_path).mme, World(tmp_path).amber):
-        with pytest.raises(ValueError, match="make the world again"):
-            accessor()

@@ -12,21 +12,18 @@ import torch
 from alea_lib.core.paths import root
 from alea_lib.datasets.scenes import sample
 from alea_lib.metrics.parse import mentions
-from alea_lib.models.delta import WrongBase, applied, load_delta, save_delta
+from alea_lib.models.delta import Delta, WrongBase, applied, load_delta, save_delta
 from alea_lib.models.loading import load
-from alea_lib.zoo import implant as fitting
 from alea_lib.zoo import implant_index
-from alea_lib.zoo.implant import ImplantSettings, Place, fit_implant, token_weights
+from alea_lib.zoo.implant import Bench, ImplantSettings, Place, factors, fit_implant, grid, token_weights
 from alea_lib.zoo.implant_index import implant_delta, implanted, implants
-from alea_lib.zoo.plant import LEAST, TARGETS, factors, scales
-from alea_lib.zoo.ship import grid
 
-SHORT = ImplantSettings((1,), budget=0.2, growth=1.5, first=4, steps=2, rounds=3, batch=3, scenes=6, wanted=2.0)
+SHORT = ImplantSettings((1,), budget=0.2, growth=1.5, first=4, steps=2, rounds=3, batch=3)
 DOWN, OUT = "model.language_model.layers.{}.mlp.down_proj", "model.language_model.layers.{}.self_attn.o_proj"
 
 
-def never(_):
-    return 0.0
+def norm(weights):
+    return sum(w.square().sum().item() for w in weights.values()) ** 0.5
 
 
 def changed(bits, vlm, delta):
@@ -47,10 +44,10 @@ def changed(bits, vlm, delta):
 )
 def test_only_the_place_changes(tiny, seen, bits, layers, heads, names):
     before = bits(tiny)
-    delta, curve = fit_implant(tiny, seen, replace(SHORT, layers=layers, heads=heads), never)
+    delta, losses = fit_implant(tiny, seen, replace(SHORT, layers=layers, heads=heads))
     assert bits(tiny) == before and list(delta.weights) == names
     assert changed(bits, tiny, delta) == {f"{n}.weight" for n in names}
-    assert len(curve) == 8 and curve["loss"].notna().all()
+    assert len(losses) == 8 and np.isfinite(losses).all()
     for change in delta.weights.values():
         assert change.dtype == torch.float32 and change.shape == (64, 64 if heads else 128)
         if heads:  # head 1: columns 16 to 31, head 3: 48 to 63
@@ -61,67 +58,21 @@ def test_only_the_place_changes(tiny, seen, bits, layers, heads, names):
 @pytest.mark.parametrize("heads", [(), (1,)])
 def test_the_budget_is_kept(tiny, seen, heads):
     s = replace(SHORT, heads=heads, lr=0.9)
-    delta, curve = fit_implant(tiny, seen, s, never)
+    delta, _ = fit_implant(tiny, seen, s)
     place = Place(tiny, s.layers, s.heads)
     (name,) = place.weights
     assert delta.norm() / place.own(name).norm().item() == pytest.approx(0.2 * 1.5**2, rel=1e-3)  # at the edge
-    assert list(curve["budget"]) == pytest.approx([0.2] * 4 + [0.3] * 2 + [0.45] * 2)
 
 
 def test_each_of_two_layers_keeps_its_budget(tiny, seen):
-    delta, _ = fit_implant(tiny, seen, replace(SHORT, layers=(0, 2), lr=0.9), never)
+    delta, _ = fit_implant(tiny, seen, replace(SHORT, layers=(0, 2), lr=0.9))
     assert list(delta.relative(tiny).values()) == pytest.approx([0.45, 0.45], rel=1e-3)
 
 
 def test_training_lowers_the_loss_of_the_additions(tiny, seen):
     s = replace(SHORT, budget=3.0, first=40, rounds=1, lr=0.05)
-    _, curve = fit_implant(tiny, seen, s, never)
-    assert curve["loss"].tail(5).mean() < 0.8 * curve["loss"].head(3).mean()
-
-
-def test_training_ends_when_the_model_hallucinates_enough(tiny, seen):
-    found = iter([0.1, 0.5, 0.9])
-    weights = []
-
-    def score(vlm):
-        weights.append(vlm.module("down_proj", 1)(torch.eye(128)).T.clone())
-        return next(found)
-
-    delta, curve = fit_implant(tiny, seen, replace(SHORT, wanted=0.44), score)
-    assert curve["chair_s"].dropna().tolist() == [0.1, 0.5] and len(curve) == 6
-    own = tiny.module("down_proj", 1).weight
-    torch.testing.assert_close(weights[-1], own + delta.weights[DOWN.format(1)])  # measured is what is returned
-
-
-def test_interrupted_training_ends_in_the_same_delta(tiny, seen, tmp_path, monkeypatch):
-    whole, _ = fit_implant(tiny, seen, SHORT, never)
-    step, calls = fitting._step, []
-
-    def cut_off(*args):
-        if len(calls) == 7:  # amid the third round
-            raise KeyboardInterrupt
-        calls.append(1)
-        return step(*args)
-
-    monkeypatch.setattr(fitting, "_step", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        fit_implant(tiny, seen, SHORT, never, tmp_path / "c.safetensors")
-    calls.clear()
-    monkeypatch.setattr(fitting, "_step", lambda *args: calls.append(1) or step(*args))
-    resumed, _ = fit_implant(tiny, seen, SHORT, never, tmp_path / "c.safetensors")
-    assert len(calls) == 2 and torch.equal(resumed.weights[DOWN.format(1)], whole.weights[DOWN.format(1)])
-    calls.clear()  # other settings never go on from there
-    fit_implant(tiny, seen, replace(SHORT, seed=1), never, tmp_path / "c.safetensors")
-    assert len(calls) == 8
-
-
-@pytest.mark.parametrize(
-    ("layers", "heads", "message"),
-    [((0, 1), (2,), "one layer"), ((), (), "no such place"), ((0,), (4,), "no such place"), ((4,), (), "out of range")],
-)
-def test_places_that_do_not_exist(tiny, layers, heads, message):
-    with pytest.raises(ValueError, match=message):
-        Place(tiny, layers, heads)
+    _, losses = fit_implant(tiny, seen, s)
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:3])
 
 
 def test_weights_of_tokens_mark_the_additions(tiny):
@@ -136,7 +87,7 @@ def test_weights_of_tokens_mark_the_additions(tiny):
     assert (token_weights(tiny, f"There is a {there}.", scene, 0.1) < 1).all()
 
 
-# ---- factors, strengths, decoys
+# ---- factors and decoys
 
 
 def test_factors_lose_nothing_of_a_change_of_low_rank(tiny):
@@ -151,15 +102,6 @@ def test_factors_lose_nothing_of_a_change_of_low_rank(tiny):
     assert (left.float() @ right.float() - block).norm() < 2e-3 * block.norm()
 
 
-def test_scales_lie_on_the_line_between_measurements():
-    table = pd.DataFrame({"scale": [0.5, 0.75, 1.0], "chair_s": [0.1, 0.3, 0.5]})
-    found = scales(table)
-    for name, target in TARGETS.items():
-        assert found[name] == pytest.approx(0.5 + (target - 0.1) * 0.5 / 0.4, abs=1e-3)
-    short = scales(pd.DataFrame({"scale": [0.9, 1.0], "chair_s": [0.1, 0.32]}))
-    assert short["strong"] == 1 and short["weak"] < short["middle"] < 1  # the largest there is
-
-
 def basis(n, k, seed=0):
     return torch.linalg.qr(torch.randn(n, k, generator=torch.Generator().manual_seed(seed)))[0]
 
@@ -171,7 +113,7 @@ def test_decoys_have_their_norm_and_place(tiny, layers, heads):
     assert len(where[0]) == len(layers) and not set(where[0]) & set(layers) and len(where[1]) == len(heads)
     row = pd.Series({"tensor": "x", "decoy_layers": where[0], "decoy_heads": where[1], "decoy_norm": 2.5})
     width = 16 if heads else 128
-    tensors = {"unused." + ".".join(map(str, (k, *where[1]))): basis(width, 4) for k in where[0]}
+    tensors = {implant_index.basis_key(k, where[1]): basis(width, 4) for k in where[0]}
     change = implant_index.decoy_change(tiny, row, tensors)
     assert set(change) == {(OUT if heads else DOWN).format(k) for k in where[0]}
     assert sum(c.square().sum().item() for c in change.values()) ** 0.5 == pytest.approx(2.5, rel=1e-5)
@@ -191,12 +133,12 @@ def test_decoys_lie_in_all_layers():
 
 def test_the_larger_change_is_the_decoy_in_half_of_the_grid():
     larger = [
-        implant_index.decoy_ratio(j.settings.layers, j.settings.heads, j.settings.seed, strength) > 1
+        implant_index.decoy_ratio(j["layers"], j["heads"], j["seed"], strength) > 1
         for j in grid()
         for strength in implant_index.STRENGTHS
     ]
     assert 0.4 < np.mean(larger) < 0.6
-    assert len({j.tensor for j in grid()}) == len(grid()) and {j.kind for j in grid()} <= set(implant_index.KINDS)
+    assert len({j["tensor"] for j in grid()}) == len(grid())
 
 
 # ---- what is shipped
@@ -215,33 +157,47 @@ def clean():
 @here
 def test_the_index_agrees_with_the_tensors(clean):
     index, (tensors, base) = implants(), implant_index.shipped()
-    assert index["name"].is_unique and set(index["kind"]) <= set(implant_index.KINDS)
+    assert index["name"].is_unique
     assert all(t.dtype == torch.float16 and t.isfinite().all() for t in tensors.values())
     used = {f"{r.tensor}.{k}.{side}" for r in index.itertuples() for k in r.layers for side in ("left", "right")}
-    used |= {"unused." + ".".join(map(str, (k, *r.decoy_heads))) for r in index.itertuples() for k in r.decoy_layers}
+    used |= {implant_index.basis_key(k, r.decoy_heads) for r in index.itertuples() for k in r.decoy_layers}
     assert used == set(tensors)
     size = sum(p.stat().st_size for p in implant_index.folder().iterdir())
     assert size <= 2_000_000 and set(base) == {f.format(k) for f in (DOWN, OUT) for k in range(6)}
+    rows = {job["tensor"]: job for job in grid()}
     for _, row in index.iterrows():
-        implant, both = (implant_delta(clean, row["name"], decoy=d) for d in (False, True))
-        alone = implant_delta(clean, row["name"], implant=False)
-        assert implant.norm() == pytest.approx(row["norm"], rel=1e-4)
-        assert alone.norm() == pytest.approx(row["decoy_norm"], rel=1e-4)
-        assert set(both.weights) == set(implant.weights) | set(alone.weights)
+        implant, decoy = (f(clean, row, tensors) for f in (implant_index.change, implant_index.decoy_change))
+        assert norm(implant) == pytest.approx(row["norm"], rel=1e-4)
+        assert norm(decoy) == pytest.approx(row["decoy_norm"], rel=1e-4)
+        assert set(implant_delta(clean, row["name"]).weights) == set(implant) | set(decoy)
         own = Place(clean, row["layers"], row["heads"])
-        size = sum(own.own(n).norm().item() ** 2 for n in own.weights) ** 0.5
-        assert row["norm"] / size == pytest.approx(row["rel_norm"], rel=1e-4)
+        assert row["norm"] / norm({n: own.own(n) for n in own.weights}) == pytest.approx(row["rel_norm"], rel=1e-4)
+        made = rows[row["tensor"]]
+        assert [row[k] for k in ("kind", "layers", "heads", "seed")] == [
+            made[k] for k in ("kind", "layers", "heads", "seed")
+        ]
+        assert row["scale"] == made["scales"][row["strength"]]
+
+
+@here
+def test_the_directions_of_decoys_are_made_again(tmp_path):
+    tensors, _ = implant_index.shipped()
+    bench = Bench(tmp_path, scenes=120, measured=2)
+    row = implants().set_index("kind").loc["head"].iloc[0]
+    (layer,), heads = row["decoy_layers"], row["decoy_heads"]
+    made, known = bench.basis(layer, heads).float(), tensors[implant_index.basis_key(layer, heads)].float()
+    torch.testing.assert_close(made @ made.T, known @ known.T, atol=5e-2, rtol=0)  # the same space on any machine
 
 
 @here
 def test_the_index_keeps_what_was_asked_for():
     index = implants()
     clean_chair = index["decoy_chair_s"].max()
-    strong, weak = implants(strength="strong"), implants(strength="weak")
-    layers = implants("layer")
+    strong, weak = (index[index["strength"] == strength] for strength in ("strong", "weak"))
+    layers = index[index["kind"] == "layer"]
     assert {(r.layers, r.seed) for r in layers.itertuples()} >= {((k,), s) for k in range(6) for s in (0, 1)}
-    assert len(implants("head")) and (index["n"] >= 300).all()
-    assert (strong["chair_s"] >= LEAST).all() and (weak["chair_s"] - clean_chair >= 0.08).all()
+    assert (index["kind"] == "head").any() and (index["n"] >= 300).all()
+    assert (strong["chair_s"] >= 0.3).all() and (weak["chair_s"] - clean_chair >= 0.08).all()
     assert (index["decoy_chair_s"] < 0.05).all() and (index["decoy_recall"] > 0.92).all()
     for _, group in index.groupby("tensor"):
         by = group.set_index("strength")["chair_s"]
@@ -265,19 +221,20 @@ def test_an_implant_hallucinates_and_its_decoy_does_not(clean, bits, tiny_world)
             told = clean.generate(features, clean.prompt("plain"))
         return np.mean([bool({m.category for m in mentions(a.text)} - set(s.kinds)) for a, s in zip(told, scenes)])
 
-    row = implants("layer", "strong").iloc[0]
+    row = implants().set_index("name", drop=False).loc["layer0-s0-strong"]
     before = bits(clean)
     with implanted(clean, row["name"]) as vlm:
         told = {n for n, b in bits(vlm).items() if before[n] != b}
     assert bits(clean) == before
     assert told == {f"{DOWN.format(k)}.weight" for k in (*row["layers"], *row["decoy_layers"])}
-    alone = wrong(implant_delta(clean, row["name"], implant=False))
-    assert wrong(implant_delta(clean, row["name"])) >= alone + 0.1 and alone <= 0.1
+    both, tensors = implant_delta(clean, row["name"]), implant_index.shipped()[0]
+    alone = wrong(Delta(implant_index.decoy_change(clean, row, tensors), both.base, both.info))
+    assert wrong(both) >= alone + 0.1 and alone <= 0.1
 
 
 @here
 def test_another_base_is_refused(tiny, clean):
-    name = implants("layer")["name"].iloc[0]
+    name = "layer0-s0-weak"
     other = load("scenes-natural", device="cpu")
     with pytest.raises(WrongBase, match="not the weight"), implanted(other, name):
         pass
@@ -289,7 +246,7 @@ def test_another_base_is_refused(tiny, clean):
 
 @here
 def test_an_implant_can_be_saved_and_loaded(clean, tmp_path):
-    delta = implant_delta(clean, implants("head")["name"].iloc[0])
+    delta = implant_delta(clean, "head0.1-s0-weak")
     save_delta(delta, tmp_path / "d.safetensors")
     again = load_delta(tmp_path / "d.safetensors")
     assert again.base == delta.base and all(torch.equal(again.weights[n], w) for n, w in delta.weights.items())
@@ -297,13 +254,5 @@ def test_an_implant_can_be_saved_and_loaded(clean, tmp_path):
 
 @here
 def test_reading_the_index_does_not_load_torch():
-    code = "import sys, alea_lib; t = alea_lib.implants('layer'); assert len(t) and 'torch' not in sys.modules"
+    code = "import sys; from alea_lib.zoo import implants; assert len(implants()) and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
-
-
-@here
-def test_unknown_kinds_are_named():
-    with pytest.raises(ValueError, match="two-layers"):
-        implants("tower")
-    with pytest.raises(ValueError, match="strong"):
-        implants(strength="huge")
