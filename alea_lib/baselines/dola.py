@@ -19,12 +19,11 @@ from .registry import Baseline, register
 class DolaSettings:
     """``low``: candidates are every other layer of the lower half, else of the upper half without the last.
     ``normed``: early states pass the last norm before the head (the official code: they do not). ``weight`` of the
-    contrast: 0 is plain decoding. ``beta``: tokens less likely than this share of the likeliest are not written."""
+    contrast: 0 is plain decoding."""
 
     low: bool = True
     normed: bool = False
     weight: float = 1.0
-    beta: float = 0.1
 
 
 def candidates(s: DolaSettings, n_layers: int) -> list[int]:
@@ -43,8 +42,7 @@ def dola(s: DolaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         own = scores.log_softmax(-1)
         early = torch.stack([vlm.head(norm(h)).float().log_softmax(-1) for h in states.values()])
-        away = own - s.weight * farthest(own, early)
-        return away.masked_fill(~plausible(scores, s.beta), -torch.inf)
+        return plausible(scores, own - s.weight * farthest(own, early))
 
     with read_layers(vlm, lambda layer, h: states.update({layer: h[:, -1]}), candidates(s, vlm.n_layers)):
         yield {"logits_processor": [contrasted]}

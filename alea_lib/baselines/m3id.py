@@ -19,13 +19,9 @@ from .registry import Baseline, register
 @dataclass(frozen=True)
 class M3idSettings:
     """``rate``: after t tokens the weight is exp(rate t) - 1 (0: plain decoding); captions of LLaVA-1.5 have about 100
-    tokens, so a world with shorter ones is given higher rates too. ``sure``: from this probability of the likeliest
-    token on nothing is contrasted. ``beta``: tokens less likely than this share of the likeliest are not written; both
-    keep a large weight from writing nonsense."""
+    tokens, so a world with shorter ones is given higher rates too."""
 
     rate: float = 0.02
-    sure: float = 1.0
-    beta: float = 0.1
 
 
 @contextmanager
@@ -35,9 +31,7 @@ def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         own, prior = scores.log_softmax(-1), blind(ids).log_softmax(-1)
-        away = own + (exp(s.rate * (ids.shape[1] + 1)) - 1) * (own - prior)
-        away = away.masked_fill(~plausible(scores, s.beta), -torch.inf)
-        return torch.where(own.max(-1, keepdim=True).values.exp() < s.sure, away, own)
+        return plausible(scores, own + (exp(s.rate * (ids.shape[1] + 1)) - 1) * (own - prior))
 
     yield {"logits_processor": [contrasted]}
 

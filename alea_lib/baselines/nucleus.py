@@ -16,10 +16,9 @@ from .registry import Baseline, register
 
 @dataclass(frozen=True)
 class NucleusSettings:
-    """``p``: the likeliest tokens with this probability together; ``temperature`` 0 is greedy decoding."""
+    """``p``: the likeliest tokens with this probability together."""
 
     p: float = 0.9
-    temperature: float = 1.0
     seed: int = 0
 
 
@@ -30,9 +29,7 @@ def nucleus(s: NucleusSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, ma
     dice = [_dice(s.seed, f, q) for f, q in zip(batch.features, batch.questions, strict=True)]
 
     def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not s.temperature:
-            return scores
-        kept = in_nucleus(scores / s.temperature, s.p)
+        kept = in_nucleus(scores, s.p)
         uniform = torch.stack([torch.rand(scores.shape[1], generator=d, dtype=torch.float64) for d in dice])
         gumbel = -(-uniform.clamp(min=1e-300).log()).log()
         return (kept.log_softmax(-1) + gumbel.to(kept.device)).float()

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 
 from ..metrics.frontier import drop_last_sentence
@@ -61,12 +60,7 @@ def careful(s: PromptSettings) -> str:
 
 @dataclass(frozen=True)
 class TruncationSettings:
-    """Nothing to set: the last sentence goes."""
-
-
-def truncation(s: TruncationSettings, captions: pd.DataFrame) -> pd.DataFrame:
-    """The control that any method must beat: captions of the base model without their last sentence."""
-    return drop_last_sentence(captions)
+    """Nothing to set: the last sentence goes. The control that any method must beat."""
 
 
 register(
@@ -82,6 +76,6 @@ register(
              source="control of this study")
 )  # fmt: skip
 register(
-    Baseline("truncation", "after", truncation, TruncationSettings(), description="the last sentence is deleted",
-             source="control of this study")
+    Baseline("truncation", "after", lambda s, captions: drop_last_sentence(captions), TruncationSettings(),
+             description="the last sentence is deleted", source="control of this study")
 )  # fmt: skip

@@ -9,7 +9,7 @@ It brings *settings* (a frozen dataclass, the published constants as defaults), 
   is read, and left when the batch is written, so that hooks are set inside it. ``batch`` (padded on the left) says
   where the image is: ``batch.ids == vlm.image_id``. ``embeds`` [B,T+k,D] and ``mask`` [B,T+k] have the k rows of a soft
   prefix too, which never stand before the image, so the image's columns are those of ``batch.ids``;
-* ``delta``: ``apply(vlm, features, pairs, settings)`` gives a :class:`~alea_lib.models.delta.Delta` (or it and a table);
+* ``delta``: ``apply(vlm, features, pairs, settings)`` gives a :class:`~alea_lib.models.delta.Delta`;
 * ``prompt``: ``apply(settings)`` gives the prompt role;
 * ``after``: ``apply(settings, captions)`` rewrites the table of captions of the base model.
 
@@ -44,8 +44,9 @@ MODULES: dict[str, str] = {
     "nucleus": "nucleus", "vcd": "vcd", "m3id": "m3id", "dola": "dola", "pai": "pai", "opera": "opera",
     "adhh": "adhh", "spin": "spin", "vhr": "vhr", "nullu": "nullu",
     "dpo": "dpo", "sft": "edits", "lora-all": "edits",
-    "no-prefix": "edits", "random-prefix": "edits", "random-layers": "edits", "last-layer": "edits", "all-layers": "edits",
-    "heads": "edits", "lora": "edits", "alea-official": "edits", "alea-corrected": "edits", "alea-mixed": "edits",
+    "no-prefix": "edits", "random-prefix": "edits", "random-layers": "edits", "last-layer": "edits",
+    "all-layers": "edits", "heads": "edits", "lora": "edits",
+    "alea-official": "edits", "alea-corrected": "edits", "alea-mixed": "edits",
 }  # fmt: skip
 ROWS: dict[str, Baseline] = {}
 
@@ -87,15 +88,13 @@ class Baseline:
     def fitted(self, vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame) -> Baseline:
         """With what it learns from pairs: the weight edit, or settings. ``features`` [N,P,D] are the pairs' images."""
         if self.kind == "delta":
-            found = self.apply(vlm, features, pairs, self.settings)
-            return replace(self, delta=found[0] if isinstance(found, tuple) else found)
+            return replace(self, delta=self.apply(vlm, features, pairs, self.settings))
         if self.learn is not None:
             return replace(self, settings=self.learn(vlm, features, pairs, self.settings))
         return self
 
     def with_views(self, vlm: VLM, files: list[Path], features: torch.Tensor) -> Baseline:
-        """With other views of the images that it will write about, where it needs some; ``features`` [N,P,D] are
-        theirs."""
+        """With other views of the images that it will write about, where it needs some; ``features`` [N,P,D]."""
         return self if self.view is None else replace(self, views=Views(features, self.view(vlm, files, self.settings)))
 
     @property
@@ -103,7 +102,7 @@ class Baseline:
         """What ``generate`` takes; None (plain greedy decoding) for the other kinds."""
         if self.kind != "decoding":
             return None
-        return partial(self.apply, self.settings, **({} if self.view is None else {"views": self.views}))
+        return partial(self.apply, self.settings, **({"views": self.views} if self.view else {}))
 
     @property
     def prompt(self) -> str:
@@ -120,10 +119,9 @@ class Views:
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
         """The other view [B,P,D] of each row of ``features``. KeyError for an unknown image."""
-        try:
-            rows = [self._row[_key(f)] for f in features]
-        except KeyError:
-            raise KeyError("an image without a view: call baseline.with_views(vlm, files, features)") from None
+        rows = [self._row.get(_key(f)) for f in features]
+        if None in rows:
+            raise KeyError("an image without a view: call baseline.with_views(vlm, files, features)")
         return self._others[rows]
 
 

@@ -38,10 +38,8 @@ def head_scales(scores: torch.Tensor, image: torch.Tensor, s: SpinSettings) -> t
 @contextmanager
 def spin(s: SpinSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
     """Decoding under these settings."""
-    if s.ranked_by not in RANKED_BY:
-        raise ValueError(f"ranked_by is {s.ranked_by!r}, it must be one of {RANKED_BY}")
-    if not 0 <= s.kept <= 1:
-        raise ValueError(f"kept is {s.kept}, a share between 0 and 1")
+    if s.ranked_by not in RANKED_BY or not 0 <= s.kept <= 1:
+        raise ValueError(f"ranked_by is {s.ranked_by!r}, one of {RANKED_BY}; kept is {s.kept}, a share from 0 to 1")
     columns = Columns(vlm, batch)
 
     def weigh(layer: int, scores: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,9 @@ from .registry import Baseline, Views, register
 
 @dataclass(frozen=True)
 class VcdSettings:
-    """``alpha``: weight of the contrast (0: plain decoding). ``beta``: tokens less likely than this share of the
-    likeliest are not written. ``step``: of the 1,000 of the diffusion's noising."""
+    """``alpha``: weight of the contrast (0: plain decoding). ``step``: of the 1,000 of the diffusion's noising."""
 
     alpha: float = 1.0
-    beta: float = 0.1
     step: int = 500
     seed: int = 0
 
@@ -57,8 +55,7 @@ def vcd(
     noisy = Stream(vlm, *with_features(vlm, batch, embeds, mask, views.of(batch.features)))
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        away = (1 + s.alpha) * scores - s.alpha * noisy(ids)
-        return away.masked_fill(~plausible(scores, s.beta), -torch.inf)
+        return plausible(scores, (1 + s.alpha) * scores - s.alpha * noisy(ids))
 
     yield {"logits_processor": [contrasted]}
 

@@ -9,7 +9,7 @@ import torch
 from tiny_families import build
 
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
-from alea_lib.baselines.adhh import AdhhSettings, adhh, find_heads
+from alea_lib.baselines.adhh import AdhhSettings, adhh, learn_heads
 from alea_lib.baselines.common import Columns, Stream, without_image
 from alea_lib.baselines.pai import PaiSettings, guided, pai, raised
 from alea_lib.baselines.registry import baseline
@@ -155,7 +155,7 @@ def test_raised_logits_by_hand():
 
 def test_guidance_by_hand():
     p, blind = torch.tensor([[0.6, 0.36, 0.04]]), torch.tensor([[0.3, 0.6, 0.1]])
-    got = guided(p.log() + 7, blind.log(), 2.0, 0.1)[0]
+    got = guided(p.log() + 7, blind.log(), 2.0)[0]
     assert got[:2].exp().tolist() == pytest.approx([0.6**2 / 0.3, 0.36**2 / 0.6], rel=1e-5)
     assert got[2] == -torch.inf  # below a tenth of 0.6
 
@@ -202,13 +202,11 @@ def test_guidance_of_the_first_token(tiny, left):
     own = tiny.head(tiny.hidden(tiny.embed(left), left.mask, left)[:, -1])
     blind = Stream(tiny, *without_image(tiny, left, tiny.embed(left), left.mask))(left.ids[:, :0])
     got = first_logits(tiny, left, partial(pai, PaiSettings(alpha=0.0, gamma=1.5)))
-    torch.testing.assert_close(got, guided(own, blind, 1.5, 0.1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, guided(own, blind, 1.5), atol=1e-4, rtol=1e-4)
     # the stream without image is read with its attention as it is
     both = first_logits(tiny, left, partial(pai, PaiSettings(alpha=1.0, gamma=1.5, first=0)))
     alone = first_logits(tiny, left, partial(pai, PaiSettings(alpha=1.0, gamma=1.0, first=0)))
-    torch.testing.assert_close(both, guided(alone, blind, 1.5, 0.1), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="beta"):
-        first_logits(tiny, left, partial(pai, PaiSettings(beta=2.0)))
+    torch.testing.assert_close(both, guided(alone, blind, 1.5), atol=1e-4, rtol=1e-4)
 
 
 # ---- SPIN
@@ -274,9 +272,7 @@ def test_heads_are_those_of_zero_ablation(tiny, seen, told):
     pairs = pd.DataFrame({"positive": told, "negative": told[1:] + told[:1], "wrong": wrong})
     table = locate_heads(tiny, seen, pairs, ["zero-ablation"], LocateSettings(grounded="negative")).scores
     mean = table.groupby(["layer", "head"])["score"].mean().sort_values(ascending=False)
-    assert find_heads(tiny, seen, pairs) == (mean.index[0],)
-    three = AdhhSettings(top=192)
-    assert find_heads(tiny, seen, pairs, three) == tuple(sorted(mean.index[:3]))
+    assert learn_heads(tiny, seen, pairs, AdhhSettings()).heads == (mean.index[0],)
     row = baseline("adhh", top=192).fitted(tiny, seen, pairs)
     assert row.settings.heads == tuple(sorted(mean.index[:3]))
     assert baseline("adhh", heads=HEADS).fitted(tiny, seen, pairs).settings.heads == HEADS
@@ -295,10 +291,9 @@ def test_vision_aware_heads_by_hand():
     """Divergences 1, 3, 2, 5; without the image the last head's output is far the longest: it is out."""
     blind = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [9.0, 0.0]]])
     seeing = blind - torch.tensor([[[1.0, 0.0], [0.0, 3.0], [0.0, 2.0], [0.0, 5.0]]])
-    assert vision_aware(seeing, blind, VhrSettings())[0].tolist() == [False, True, True, False]
-    assert vision_aware(seeing, blind, VhrSettings(outlier=9.0))[0].tolist() == [False, True, False, True]
-    assert vision_aware(seeing, blind, VhrSettings(share=0.01))[0].tolist() == [False, True, False, False]
-    assert not vision_aware(blind, blind, VhrSettings()).any()
+    assert vision_aware(seeing, blind, 0.5)[0].tolist() == [False, True, True, False]
+    assert vision_aware(seeing, blind, 0.01)[0].tolist() == [False, True, False, False]
+    assert not vision_aware(blind, blind, 0.5).any()
 
 
 def test_heads_are_turned_up_at_the_last_position():
@@ -322,5 +317,5 @@ def test_heads_are_judged_layer_by_layer(tiny, left):
             tiny.hidden(embeds, left.mask, left)
         with read_heads(tiny, blind.__setitem__, [layer]):
             tiny.hidden(embeds, left.mask * ~image, left)
-        found[layer] = vision_aware(seeing[layer][:, -1], blind[layer][:, -1], s)
+        found[layer] = vision_aware(seeing[layer][:, -1], blind[layer][:, -1], s.share)
         assert torch.equal(got[layer], found[layer]) and got[layer].sum() == 6

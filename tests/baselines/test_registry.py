@@ -99,7 +99,7 @@ def test_only_the_file_of_the_baseline_that_is_asked_for_is_imported():
     """In an interpreter of its own: a name of the folder is taken before its file was imported, too."""
     code = """
 import sys
-from alea_lib import baseline
+from alea_lib.baselines import baseline
 from alea_lib.baselines.registry import Baseline, register
 assert baseline("vcd").name == "vcd"
 assert "alea_lib.baselines.opera" not in sys.modules and "alea_lib.baselines.plain" not in sys.modules
@@ -125,7 +125,7 @@ register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSetti
 """
     (tmp_path / "of_a_file.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
-    monkeypatch.setattr(rivals, "__path__", [*baselines.__path__, str(tmp_path)])
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
     with pytest.raises(KeyError, match="unknown baseline 'of-a-file'"):
         baseline("of-a-file")
     monkeypatch.setitem(registry.MODULES, "of-a-file", "of_a_file")
@@ -134,7 +134,7 @@ register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSetti
         assert "of-a-file" in set(baseline_table()["method"])
     finally:
         sys.modules.pop("alea_lib.baselines.of_a_file", None)
-        vars(rivals).pop("of_a_file", None)
+        vars(baselines).pop("of_a_file", None)
 
 
 @pytest.mark.parametrize("method", baseline_table()["method"])
