@@ -3,10 +3,6 @@
 Two steps: :func:`learn_heads` scores all heads on pairs by zero-ablation; :func:`adhh` writes with them.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -15,7 +11,6 @@ import torch
 from ..locate.choose import choose_heads
 from ..locate.run import locate_heads
 from ..locate.settings import LocateSettings
-from ..models.batch import Batch
 from ..models.hooks import weighed_attention
 from ..models.vlm import VLM
 from .common import Columns, head_count
@@ -49,8 +44,7 @@ def learn_heads(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: AdhhSe
     return replace(s, heads=tuple(choose_heads(found.scores, k=n, rule="mean")))
 
 
-@contextmanager
-def adhh(s: AdhhSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def adhh(s: AdhhSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
     if s.off not in SWITCHED_OFF:
         raise ValueError(f"off is {s.off!r}, it must be one of {SWITCHED_OFF}")

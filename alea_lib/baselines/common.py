@@ -1,8 +1,6 @@
 """Shared by several baselines: constants carried over to another size, columns of the attention, the contrast with a
 second stream of logits."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

@@ -1,16 +1,10 @@
 """DoLa (Chuang et al., ICLR 2024): what an early layer would say already counts against a token."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
 from ..models.hooks import read_layers
-from ..models.vlm import VLM
 from .common import plausible
 from .registry import Baseline, register
 
@@ -32,8 +26,7 @@ def candidates(s: DolaSettings, n_layers: int) -> list[int]:
     return list(range(0, half, 2) if s.low else range(half, n_layers - 1, 2))
 
 
-@contextmanager
-def dola(s: DolaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def dola(s: DolaSettings, vlm, batch, embeds, mask):
     """Log-probabilities l(last) - weight l(early), among the plausible tokens of the last layer; the early layer is
     chosen for each item and step by the largest Jensen-Shannon divergence."""
     states: dict[int, torch.Tensor] = {}

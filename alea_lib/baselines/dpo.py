@@ -1,7 +1,5 @@
 """DPO on the pairs (Rafailov et al. 2023): the grounded answer is to gain more over the base than the hallucinated."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import numpy as np

@@ -1,8 +1,6 @@
 """Edits by supervised or adversarial training as rows beside the baselines: those of this study, their controls without
 the adversary, with one that was not tuned, or in another place, and fine-tuning of all decoder matrices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pandas as pd

@@ -1,17 +1,11 @@
 """M3ID (Favero et al., CVPR 2024): what the model would also say without an image counts against a token, more and
 more as the answer grows."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 
 import torch
 
-from ..models.batch import Batch
-from ..models.vlm import VLM
 from .common import Stream, plausible, without_image
 from .registry import Baseline, register
 
@@ -24,8 +18,7 @@ class M3idSettings:
     rate: float = 0.02
 
 
-@contextmanager
-def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def m3id(s: M3idSettings, vlm, batch, embeds, mask):
     """Log-probabilities l + (exp(rate t) - 1)(l - l without image), t = 1 for the first token."""
     blind = Stream(vlm, *without_image(vlm, batch, embeds, mask))
 

@@ -1,16 +1,10 @@
 """Nucleus sampling (Holtzman et al. 2020), the baseline that many published gains are measured against."""
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
-from ..models.vlm import VLM
 from .registry import Baseline, register
 
 
@@ -22,8 +16,7 @@ class NucleusSettings:
     seed: int = 0
 
 
-@contextmanager
-def nucleus(s: NucleusSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def nucleus(s: NucleusSettings, vlm, batch, embeds, mask):
     """Samples by the Gumbel trick: the likeliest token after noise is a sample. Each item's noise comes from the seed
     and its own image and question, so that an answer does not hang on its batch, nor on torch's global state."""
     dice = [_dice(s.seed, f, q) for f, q in zip(batch.features, batch.questions, strict=True)]

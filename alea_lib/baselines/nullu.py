@@ -1,8 +1,6 @@
 """Nullu (Yang et al. 2025): the directions in which hallucinated and grounded answers differ are taken out of what the
 MLPs of the upper layers write. A weight edit without training: two forward passes a pair, one decomposition a layer."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import pandas as pd

@@ -1,17 +1,12 @@
 """PAI (Liu et al. 2024): image logits of the newest token's attention are raised by a share of their size, and the
 answer is guided away from what the prompt says without the image."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
 from ..models.hooks import weighed_attention
-from ..models.vlm import VLM
 from .common import Columns, Stream, at_depth, plausible, without_image
 from .registry import Baseline, register
 
@@ -38,8 +33,7 @@ def guided(scores: torch.Tensor, blind: torch.Tensor, gamma: float) -> torch.Ten
     return plausible(scores, gamma * (own - prior) + prior)
 
 
-@contextmanager
-def pai(s: PaiSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def pai(s: PaiSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
     columns, second = Columns(vlm, batch), Stream(vlm, *without_image(vlm, batch, embeds, mask))
     blind = False  # while the second stream is read, attention stays as it is

@@ -1,16 +1,10 @@
 """Baselines without further model passes: beams, a stronger wish to stop, other words, a shorter caption."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from ..metrics.frontier import drop_last_sentence
-from ..models.batch import Batch
-from ..models.vlm import VLM
 from .registry import Baseline, register
 
 
@@ -21,8 +15,7 @@ class BeamSettings:
     beams: int = 5
 
 
-@contextmanager
-def beam(s: BeamSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def beam(s: BeamSettings, vlm, batch, embeds, mask):
     """Beam search; scores are divided by the length, as transformers does."""
     yield {"num_beams": s.beams}
 
@@ -34,8 +27,7 @@ class StopSettings:
     strength: float = 2.0
 
 
-@contextmanager
-def stop_early(s: StopSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def stop_early(s: StopSettings, vlm, batch, embeds, mask):
     """The control of methods that only shorten: the end of the answer is made likelier, nothing else."""
 
     def lifted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

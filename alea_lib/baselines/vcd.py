@@ -1,15 +1,10 @@
 """VCD (Leng et al., CVPR 2024): what the model would also say of a noisy image counts against a token."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..models.batch import Batch
 from ..models.vlm import VLM
 from .common import Stream, plausible, with_features
 from .registry import Baseline, Views, register
@@ -45,10 +40,7 @@ def noised(vlm: VLM, files: list[Path], s: VcdSettings) -> torch.Tensor:
     return vlm.features(files, change=change)
 
 
-@contextmanager
-def vcd(
-    s: VcdSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor, views: Views | None = None
-) -> Iterator[dict]:
+def vcd(s: VcdSettings, vlm, batch, embeds, mask, views: Views | None = None):
     """Logits (1 + alpha) l(image) - alpha l(noisy image), among the plausible tokens of l(image)."""
     if views is None:
         raise ValueError("vcd needs the noisy images: call baseline.with_views(vlm, files, features) first")

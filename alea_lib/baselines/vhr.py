@@ -1,9 +1,5 @@
 """VHR (He et al. 2025): heads whose output depends on the image are turned up; the first token says which."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +60,7 @@ def turned_up(o: torch.Tensor, heads: torch.Tensor, alpha: float) -> torch.Tenso
     return torch.cat([o[:, :-1], o[:, -1:] * factor[:, None, :, None]], 1)
 
 
-@contextmanager
-def vhr(s: VhrSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def vhr(s: VhrSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
     layers = sorted({at_depth(layer, vlm.n_layers) for layer in s.layers})
     found = chosen_heads(vlm, batch, embeds, mask, layers, s)

@@ -212,9 +212,9 @@ def test_without_image_only_the_image_is_missing(tiny, seen):
 
 def test_plausible_and_nucleus_by_hand():
     scores = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
-    assert plausible(scores, torch.zeros(1, 4)).tolist() == [[0, 0, 0, 0]]
-    scores = torch.tensor([[0.5, 0.3, 0.16, 0.04]]).log()
-    assert plausible(scores, torch.ones(1, 4)).tolist() == [[1, 1, 1, -torch.inf]]  # below a tenth of the likeliest
+    assert plausible(torch.tensor([[0.5, 0.3, 0.16, 0.04]]).log(), torch.ones(1, 4)).tolist() == [
+        [1, 1, 1, -torch.inf]
+    ]  # below a tenth of the likeliest
     assert in_nucleus(scores, 0.6).isfinite().tolist() == [[True, True, False, False]]
     assert in_nucleus(scores, 0.01).isfinite().tolist() == [[True, False, False, False]]
 
