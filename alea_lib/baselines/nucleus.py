@@ -1,11 +1,10 @@
 """Nucleus sampling (Holtzman et al. 2020), the baseline that many published gains are measured against."""
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
 
-from .registry import Baseline, register
+from .registry import Baseline, feature_digest, register
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,8 @@ class NucleusSettings:
 def nucleus(s: NucleusSettings, vlm, batch, embeds, mask):
     """Samples by the Gumbel trick: the likeliest token after noise is a sample. Each item's noise comes from the seed
     and its own image and question, so that an answer does not hang on its batch, nor on torch's global state."""
-    dice = [_dice(s.seed, f, q) for f, q in zip(batch.features, batch.questions, strict=True)]
+    digests = [feature_digest(f, f"{s.seed} {q}") for f, q in zip(batch.features, batch.questions, strict=True)]
+    dice = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") % 2**63) for d in digests]
 
     def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         kept = in_nucleus(scores, s.p)
@@ -36,12 +36,6 @@ def in_nucleus(scores: torch.Tensor, p: float) -> torch.Tensor:
     outside = ranked.cumsum(-1) - ranked >= p
     outside[:, 0] = False
     return scores.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
-
-
-def _dice(seed: int, feature: torch.Tensor, question: str) -> torch.Generator:
-    known = hashlib.sha256(f"{seed} {question}".encode())
-    known.update(feature.detach().float().cpu().contiguous().numpy().tobytes())
-    return torch.Generator().manual_seed(int.from_bytes(known.digest()[:8], "little") % 2**63)
 
 
 register(

@@ -80,8 +80,7 @@ class Kept(DynamicCache):
 
 
 class Past:
-    """What an item remembers when it goes back: ``banned`` beginnings of answers (tuples of tokens), and ``times``, how
-    often it went back to which place."""
+    """What an item remembers: ``banned`` beginnings of answers, and ``times``, how often it went back to which place."""
 
     def __init__(self):
         self.banned: set[tuple[int, ...]] = set()

@@ -45,11 +45,6 @@ class PromptSettings:
     role: str = "careful"
 
 
-def careful(s: PromptSettings) -> str:
-    """The base model, asked to name only what it sees."""
-    return s.role
-
-
 @dataclass(frozen=True)
 class TruncationSettings:
     """Nothing to set: the last sentence goes. The control that any method must beat."""
@@ -64,8 +59,8 @@ register(
              "the end token's logit is raised", "control of this study")
 )  # fmt: skip
 register(
-    Baseline("careful-prompt", "prompt", careful, PromptSettings(), description="asked to name only what is visible",
-             source="control of this study")
+    Baseline("careful-prompt", "prompt", lambda s: s.role, PromptSettings(),
+             description="asked to name only what is visible", source="control of this study")
 )  # fmt: skip
 register(
     Baseline("truncation", "after", lambda s, captions: drop_last_sentence(captions), TruncationSettings(),

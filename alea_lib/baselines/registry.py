@@ -106,19 +106,19 @@ class Views:
     """Other features of the same images, found by the features that stand in a batch."""
 
     def __init__(self, features: torch.Tensor, others: torch.Tensor):
-        self._row = {_key(f): i for i, f in enumerate(features)}
-        self._others = others
+        self._views = {feature_digest(f): other for f, other in zip(features, others, strict=True)}
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
         """The other view [B,P,D] of each row of ``features``. KeyError for an unknown image."""
-        rows = [self._row.get(_key(f)) for f in features]
-        if None in rows:
+        digests = [feature_digest(f) for f in features]
+        if not self._views.keys() >= set(digests):
             raise KeyError("an image without a view: call baseline.with_views(vlm, files, features)")
-        return self._others[rows]
+        return torch.stack([self._views[d] for d in digests])
 
 
-def _key(feature: torch.Tensor) -> bytes:
-    return hashlib.sha1(feature.detach().float().cpu().contiguous().numpy().tobytes()).digest()
+def feature_digest(feature: torch.Tensor, start: str = "") -> bytes:
+    """SHA-256 of a text and of an image's features [P,D]."""
+    return hashlib.sha256(start.encode() + feature.detach().float().cpu().contiguous().numpy().tobytes()).digest()
 
 
 def register(row: Baseline) -> Baseline:

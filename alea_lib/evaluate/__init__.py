@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "answers": ["captions", "pope_answers"],
+        "answers": ["captions", "yes_no_answers"],
         "grounding": ["attention_heads", "counterfactual_heads"],
         "kept_ability": ["ability", "first_references"],
         "patches": ["patch_maps"],

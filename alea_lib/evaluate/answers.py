@@ -35,9 +35,3 @@ def yes_no_answers(
     answers = vlm.generate(shown, texts, 4, batch_size=200, progress="questions", decoding=decoding)
     asked["answer"] = [a.text for a in answers]
     return questions.merge(asked, on=["image", "text"], how="left")
-
-
-def pope_answers(vlm: VLM, split: Split, features: torch.Tensor, questions: pd.DataFrame) -> pd.DataFrame:
-    """Answers to POPE questions: question_id, answer (and setting, where the questions have one)."""
-    keys = [c for c in ("setting", "question_id") if c in questions]
-    return yes_no_answers(vlm, split, features, questions)[[*keys, "answer"]]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
-from ..core.stats import paired_difference, paired_difference_seeds, ratio_items, summarise, summarise_seeds
+from ..core.stats import paired_difference_seeds, ratio_items, summarise_seeds
 from ..core.tables import DIFFERENCE, metric_rows
 from ..datasets.write import Split, World
 from ..metrics.amber import amber, amber_responses
@@ -102,8 +102,8 @@ def evaluate(
     ``decoding``: how it writes (see ``VLM.generate``); teacher-forced measures are then absent, with a note.
     """
     features = vlm.features(split.files)
-    asked = [q.assign(benchmark=b) for b, q in benchmarks.questions().items()]
-    asked = pd.concat([pd.DataFrame(columns=["benchmark", *QUESTION]), *asked], ignore_index=True)
+    empty = pd.DataFrame(columns=["benchmark", *QUESTION])
+    asked = pd.concat([empty, *(q.assign(benchmark=b) for b, q in benchmarks.questions().items())], ignore_index=True)
     with applied(vlm, delta):
         written = captions(vlm, split, features, prompt, max_new_tokens, decoding=decoding)
         answers = yes_no_answers(vlm, split, features, asked, decoding)
@@ -112,25 +112,21 @@ def evaluate(
     if delta is None:
         notes["kl_clean"] = "the distance from the unedited model is defined for edits alone"
     if decoding is None:
-        parts += _forced_items(vlm, split, features, written, truth, delta, prompt, n_grounding)
+        few = split.take(n_grounding)
+        n = len(few.ids)
+        with applied(vlm, delta):
+            share = attention_share(vlm, features, written, prompt)
+            effect = counterfactual(vlm, few, features[:n], written[:n], truth, prompt)
+        kept = ability(vlm, features, first_references(split), delta, prompt)
+        parts += [
+            share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
+            effect.assign(benchmark="grounding", scorer="teacher-forced"),
+            kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
+        ]
     else:
         why = "the method changes how an answer is written; the model that reads a given answer is not changed"
         notes |= dict.fromkeys(FORCED, why)
     return Evaluated(written, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
-
-
-def _forced_items(vlm, split, features, written, truth, delta, prompt, n_grounding) -> list[pd.DataFrame]:
-    """Items of the measures that read given answers: shares of attention, other images, references."""
-    few = split.take(n_grounding)
-    with applied(vlm, delta):
-        share = attention_share(vlm, features, written, prompt)
-        effect = counterfactual(vlm, few, features[: len(few.ids)], written[: len(few.ids)], truth, prompt)
-    kept = ability(vlm, features, first_references(split), delta, prompt)
-    return [
-        share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
-        effect.assign(benchmark="grounding", scorer="teacher-forced"),
-        kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
-    ]
 
 
 def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
@@ -184,7 +180,7 @@ def score_rows(
 
     ``found`` of several seeds gives means over them, with intervals that resample seeds and images (those of
     ``frontier_gap`` images alone)."""
-    seeds = dict(found) if isinstance(found, Mapping) else {0: found}
+    seeds = found if isinstance(found, Mapping) else {0: found}
     tables = [one.captions for one in seeds.values()]
     groups = _by_group(seeds)
     chair_group = next(group for group in groups if group[0] == "chair")
@@ -207,8 +203,6 @@ def _by_group(seeds: Mapping[int, Evaluated]) -> dict[tuple, dict[int, pd.DataFr
 
 
 def _summary(by_seed: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    if len(by_seed) == 1:
-        return summarise(*by_seed.values())
     shared = _shared(list(by_seed.values()))
     return NOTHING if shared[0].empty else summarise_seeds(dict(zip(by_seed, shared)))
 
@@ -233,10 +227,7 @@ def _difference(by_seed: dict[int, pd.DataFrame], theirs: pd.DataFrame) -> pd.Da
     other, *own = _shared([theirs, *by_seed.values()])
     if other.empty:
         return NOTHING
-    if len(own) == 1:
-        change = paired_difference(*own, other)
-    else:
-        change = paired_difference_seeds(dict(zip(by_seed, own)), dict.fromkeys(by_seed, other))
+    change = paired_difference_seeds(dict(zip(by_seed, own)), dict.fromkeys(by_seed, other))
     return change.assign(metric=change["metric"] + DIFFERENCE)
 
 

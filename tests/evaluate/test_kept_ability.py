@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alea_lib.evaluate.answers import captions, pope_answers
+from alea_lib.evaluate.answers import captions, yes_no_answers
 from alea_lib.evaluate.grounding import ATTENTION, attention_share
 from alea_lib.evaluate.kept_ability import ability
 from alea_lib.metrics.pope import pope, read_pope
@@ -109,7 +109,7 @@ def test_equal_questions_are_asked_once_and_keep_their_ids(tiny, tiny_world, que
     features = tiny.features(split.files)
     counting = Counting(tiny)
     shuffled = questions.sample(frac=1, random_state=0)
-    answers = pope_answers(counting, split, features, shuffled)
+    answers = yes_no_answers(counting, split, features, shuffled)
     assert len(counting.asked) == len(questions.drop_duplicates(["image", "text"])) < len(questions)
     assert sorted(answers["question_id"]) == sorted(questions["question_id"])
     row = {f.name: i for i, f in enumerate(split.files)}
@@ -122,7 +122,7 @@ def test_equal_questions_are_asked_once_and_keep_their_ids(tiny, tiny_world, que
 
 def test_answers_can_be_scored_by_setting(tiny, tiny_world, questions):
     split = tiny_world.split("test")
-    answers = pope_answers(tiny, split, tiny.features(split.files), questions)
+    answers = yes_no_answers(tiny, split, tiny.features(split.files), questions)
     found = pope(answers, questions)
     assert sorted(found.by_setting) == ["adversarial", "popular", "random"]
     assert len(found.per_question) == len(questions)
@@ -130,4 +130,4 @@ def test_answers_can_be_scored_by_setting(tiny, tiny_world, questions):
 
 def test_images_that_the_split_lacks(tiny, tiny_world, seen, questions):
     with pytest.raises(ValueError, match="questions are about images that split 'activate' lacks.*scenes_test"):
-        pope_answers(tiny, tiny_world.split("activate"), seen, questions)
+        yes_no_answers(tiny, tiny_world.split("activate"), seen, questions)
