@@ -80,7 +80,7 @@ class Kept(DynamicCache):
 
 
 class Past:
-    """What an item remembers: ``banned`` beginnings of answers, and ``times``, how often it went back to which place."""
+    """What an item remembers: ``banned`` beginnings of answers, and how many ``times`` it went back to which place."""
 
     def __init__(self):
         self.banned: set[tuple[int, ...]] = set()
@@ -108,7 +108,7 @@ class Watch:
         rows = torch.arange(len(mask), device=mask.device).repeat_interleave(s.beams)
         self.s, self.vlm, self.pasts, self.mask = s, vlm, pasts, mask[rows]
         self.batch, self.columns = batch.without_images(rows), Columns(vlm, batch)
-        self.cache, self.newest = Kept(len(rows), mask.device), None
+        self.cache, self.newest = Kept(len(rows), mask.device), mask.new_empty(0)
         self.said: list[list[list[list[int]]]] = [[] for _ in pasts]
         self.back: set[int] = set()
 

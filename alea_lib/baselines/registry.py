@@ -31,6 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -53,7 +54,7 @@ class Baseline:
     name: str
     kind: str
     apply: Callable
-    settings: object
+    settings: Any
     grid: tuple[dict, ...] = ({},)
     description: str = ""
     source: str = ""

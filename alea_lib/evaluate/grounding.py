@@ -193,14 +193,15 @@ def counterfactual_heads(
     """
     blank, rows = blank_features(vlm, split), []
     for _, batch, objects in object_batches(vlm, features, table, truth, prompt, batch_size):
-        heads, states = {}, {0: vlm.embed(batch)}
+        heads, outputs = {}, {}
         with read_heads(vlm, heads.__setitem__):
             log_p(vlm, replace(batch, features=blank.expand_as(batch.features)))
-        with read_layers(vlm, lambda layer, h, states=states: states.update({layer + 1: h})):
+        with read_layers(vlm, outputs.__setitem__):
             whole = log_p(vlm, batch)
         for layer in range(vlm.n_layers):
+            h = outputs[layer - 1] if layer else vlm.embed(batch)
             for head in (ALL_HEADS, *range(vlm.n_heads)):
-                effect = (whole - _patched(vlm, batch, layer, head, heads[layer], states[layer])).tolist()
+                effect = (whole - _patched(vlm, batch, layer, head, heads[layer], h)).tolist()
                 rows += [(o.setting, layer, head, o.image_id, e, 1.0) for o, e in zip(objects, effect, strict=True)]
     columns = ["setting", "layer", "head", "image_id"]
     return pd.DataFrame(rows, columns=[*columns, "num", "den"]).groupby(columns, as_index=False).sum()
