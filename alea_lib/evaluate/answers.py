@@ -32,6 +32,6 @@ def yes_no_answers(
         raise ValueError(f"questions are about images that split {split.name!r} lacks: {missing}")
     shown = features[torch.tensor(asked["image"].map(row).tolist(), dtype=torch.long)]
     texts = [vlm.row.short(q) for q in asked["text"]]
-    answers = vlm.generate(shown, texts, 4, batch_size=200, progress="questions", decoding=decoding)
+    answers = vlm.generate(shown, texts, max_new_tokens=4, batch_size=200, progress="questions", decoding=decoding)
     asked["answer"] = [a.text for a in answers]
     return questions.merge(asked, on=["image", "text"], how="left")
