@@ -1,6 +1,5 @@
-"""Shared by several baselines: constants carried over to another size, columns of the attention, a second stream."""
-
-from __future__ import annotations
+"""Shared by several baselines: constants carried over to another size, columns of the attention, the contrast with a
+second stream of logits."""
 
 from dataclasses import replace
 
@@ -12,6 +11,7 @@ from ..models.batch import Batch
 from ..models.vlm import VLM
 
 PUBLISHED_LAYERS = PUBLISHED_HEADS = 32  # LLaVA-1.5-7B
+PLAUSIBLE = 0.1  # the published beta of VCD, M3ID, DoLa and PAI
 
 
 def at_depth(layer: int, n_layers: int) -> int:
@@ -69,9 +69,10 @@ class Stream:
         return self.vlm.head(h[:, -1]).float()
 
 
-def with_features(
-    vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor
-) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+Prompt = tuple[Batch, torch.Tensor, torch.Tensor]  # batch, embeddings, mask
+
+
+def with_features(vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> Prompt:
     """The same prompt with other image features [B,P,D]; soft prefix rows stay where they are."""
     other = replace(batch, features=features)
     places = batch.ids == vlm.image_id
@@ -80,9 +81,7 @@ def with_features(
     return other, embeds.masked_scatter(places.unsqueeze(-1), projected), mask
 
 
-def without_image(
-    vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor
-) -> tuple[Batch, torch.Tensor, torch.Tensor]:
+def without_image(vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Prompt:
     """The same prompt without the positions of the image: question and soft prefix move up to what stood before it."""
     image = batch.ids == vlm.image_id
     n, rows = int(image[0].sum()), len(batch.ids)
@@ -92,7 +91,7 @@ def without_image(
     return blind, embeds[kept].view(rows, -1, embeds.shape[2]), mask[kept].view(rows, -1)
 
 
-def plausible(scores: torch.Tensor, share: float) -> torch.Tensor:
-    """Bool [B,V]: tokens at least ``share`` times as likely as the likeliest (0: all that are possible)."""
+def plausible(scores: torch.Tensor, contrasted: torch.Tensor) -> torch.Tensor:
+    """``contrasted`` [B,V], but -inf for tokens less than a tenth as likely as the likeliest of ``scores`` [B,V]."""
     likely = scores.softmax(-1)
-    return scores.isfinite() & (likely >= share * likely.max(-1, keepdim=True).values)
+    return contrasted.masked_fill(likely < PLAUSIBLE * likely.max(-1, keepdim=True).values, -torch.inf)

@@ -1,16 +1,10 @@
 """DoLa (Chuang et al., ICLR 2024): what an early layer would say already counts against a token."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
 from ..models.hooks import read_layers
-from ..models.vlm import VLM
 from .common import plausible
 from .registry import Baseline, register
 
@@ -19,12 +13,11 @@ from .registry import Baseline, register
 class DolaSettings:
     """``low``: candidates are every other layer of the lower half, else of the upper half without the last.
     ``normed``: early states pass the last norm before the head (the official code: they do not). ``weight`` of the
-    contrast: 0 is plain decoding. ``beta``: tokens less likely than this share of the likeliest are not written."""
+    contrast: 0 is plain decoding."""
 
     low: bool = True
     normed: bool = False
     weight: float = 1.0
-    beta: float = 0.1
 
 
 def candidates(s: DolaSettings, n_layers: int) -> list[int]:
@@ -33,8 +26,7 @@ def candidates(s: DolaSettings, n_layers: int) -> list[int]:
     return list(range(0, half, 2) if s.low else range(half, n_layers - 1, 2))
 
 
-@contextmanager
-def dola(s: DolaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def dola(s: DolaSettings, vlm, batch, embeds, mask):
     """Log-probabilities l(last) - weight l(early), among the plausible tokens of the last layer; the early layer is
     chosen for each item and step by the largest Jensen-Shannon divergence."""
     states: dict[int, torch.Tensor] = {}
@@ -43,8 +35,7 @@ def dola(s: DolaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: to
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         own = scores.log_softmax(-1)
         early = torch.stack([vlm.head(norm(h)).float().log_softmax(-1) for h in states.values()])
-        away = own - s.weight * farthest(own, early)
-        return away.masked_fill(~plausible(scores, s.beta), -torch.inf)
+        return plausible(scores, own - s.weight * farthest(own, early))
 
     with read_layers(vlm, lambda layer, h: states.update({layer: h[:, -1]}), candidates(s, vlm.n_layers)):
         yield {"logits_processor": [contrasted]}

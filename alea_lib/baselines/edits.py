@@ -1,8 +1,6 @@
 """Edits by supervised or adversarial training as rows beside the baselines: those of this study, their controls without
 the adversary, with one that was not tuned, or in another place, and fine-tuning of all decoder matrices."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pandas as pd
@@ -21,19 +19,17 @@ class AleaSettings:
 
     edit: str
     layers: tuple[int, ...] = (2, 3)
-    prefix_length: int = 5
     prefix_steps: int = 60
     epochs: int = 3
     lr: float = 1e-3
-    kl: float = 0.2
     seed: int = 0
 
 
-def fit_alea(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: AleaSettings) -> tuple[Delta, pd.DataFrame]:
-    """An edit of this study and its curve; see :func:`alea_lib.fit_method`."""
-    changes = {"epochs": s.epochs, "lr": s.lr, "kl": s.kl}
-    prefix = {"prefix_length": s.prefix_length, "prefix_steps": s.prefix_steps}
-    return fit_method(vlm, features, pairs, EditRequest(s.edit, s.layers, seed=s.seed, changes=changes, **prefix))
+def fit_alea(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: AleaSettings) -> Delta:
+    """An edit of this study; see :func:`alea_lib.edit.methods.fit_method`."""
+    changes = {"epochs": s.epochs, "lr": s.lr}
+    request = EditRequest(s.edit, s.layers, seed=s.seed, changes=changes, prefix_steps=s.prefix_steps)
+    return fit_method(vlm, features, pairs, request)[0]
 
 
 @dataclass(frozen=True)
@@ -42,22 +38,19 @@ class SupervisedSettings:
 
     rank: int = 0
     epochs: int = 3
-    batch: int = 24
     lr: float = 1e-3
     seed: int = 0
 
 
-def fit_supervised(
-    vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: SupervisedSettings
-) -> tuple[Delta, pd.DataFrame]:
-    """Fine-tuning on the grounded answers alone, and its curve: no adversary, no located modules."""
-    changes = {"rank": s.rank, "epochs": s.epochs, "batch": s.batch, "lr": s.lr}
-    return fit_method(vlm, features, pairs, EditRequest("sft", seed=s.seed, changes=changes))
+def fit_supervised(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, s: SupervisedSettings) -> Delta:
+    """Fine-tuning on the grounded answers alone: no adversary, no located modules."""
+    changes = {"rank": s.rank, "epochs": s.epochs, "lr": s.lr}
+    return fit_method(vlm, features, pairs, EditRequest("sft", seed=s.seed, changes=changes))[0]
 
 
 WHAT = {
     "alea-mixed": ("adversarial edit of the located layers, half of the steps clean", "this study"),
-    "alea-corrected": ("adversarial edit of the located layers", "arXiv 2512.21999, faults mended"),
+    "alea-corrected": ("adversarial edit of the located layers", "arXiv 2512.21999, faults corrected"),
     "alea-official": ("the edit as the official code makes it, in the layers that it names", "official code"),
     "no-prefix": ("the same edit without the adversary", "control of this study"),
     "random-prefix": ("the same edit with rows that were not tuned", "control of this study"),

@@ -1,17 +1,11 @@
 """M3ID (Favero et al., CVPR 2024): what the model would also say without an image counts against a token, more and
 more as the answer grows."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 
 import torch
 
-from ..models.batch import Batch
-from ..models.vlm import VLM
 from .common import Stream, plausible, without_image
 from .registry import Baseline, register
 
@@ -19,25 +13,18 @@ from .registry import Baseline, register
 @dataclass(frozen=True)
 class M3idSettings:
     """``rate``: after t tokens the weight is exp(rate t) - 1 (0: plain decoding); captions of LLaVA-1.5 have about 100
-    tokens, so a world with shorter ones is given higher rates too. ``sure``: from this probability of the likeliest
-    token on nothing is contrasted. ``beta``: tokens less likely than this share of the likeliest are not written; both
-    keep a large weight from writing nonsense."""
+    tokens, so a world with shorter ones is given higher rates too."""
 
     rate: float = 0.02
-    sure: float = 1.0
-    beta: float = 0.1
 
 
-@contextmanager
-def m3id(s: M3idSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def m3id(s: M3idSettings, vlm, batch, embeds, mask):
     """Log-probabilities l + (exp(rate t) - 1)(l - l without image), t = 1 for the first token."""
     blind = Stream(vlm, *without_image(vlm, batch, embeds, mask))
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         own, prior = scores.log_softmax(-1), blind(ids).log_softmax(-1)
-        away = own + (exp(s.rate * (ids.shape[1] + 1)) - 1) * (own - prior)
-        away = away.masked_fill(~plausible(scores, s.beta), -torch.inf)
-        return torch.where(own.max(-1, keepdim=True).values.exp() < s.sure, away, own)
+        return plausible(scores, own + (exp(s.rate * (ids.shape[1] + 1)) - 1) * (own - prior))
 
     yield {"logits_processor": [contrasted]}
 

@@ -1,38 +1,28 @@
 """Nucleus sampling (Holtzman et al. 2020), the baseline that many published gains are measured against."""
 
-from __future__ import annotations
-
-import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
-from ..models.vlm import VLM
-from .registry import Baseline, register
+from .registry import Baseline, feature_digest, register
 
 
 @dataclass(frozen=True)
 class NucleusSettings:
-    """``p``: the likeliest tokens with this probability together; ``temperature`` 0 is greedy decoding."""
+    """``p``: the likeliest tokens with this probability together."""
 
     p: float = 0.9
-    temperature: float = 1.0
     seed: int = 0
 
 
-@contextmanager
-def nucleus(s: NucleusSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def nucleus(s: NucleusSettings, vlm, batch, embeds, mask):
     """Samples by the Gumbel trick: the likeliest token after noise is a sample. Each item's noise comes from the seed
     and its own image and question, so that an answer does not hang on its batch, nor on torch's global state."""
-    dice = [_dice(s.seed, f, q) for f, q in zip(batch.features, batch.questions, strict=True)]
+    digests = [feature_digest(f, f"{s.seed} {q}") for f, q in zip(batch.features, batch.questions, strict=True)]
+    dice = [torch.Generator().manual_seed(int.from_bytes(d[:8], "little") % 2**63) for d in digests]
 
     def drawn(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if not s.temperature:
-            return scores
-        kept = in_nucleus(scores / s.temperature, s.p)
+        kept = in_nucleus(scores, s.p)
         uniform = torch.stack([torch.rand(scores.shape[1], generator=d, dtype=torch.float64) for d in dice])
         gumbel = -(-uniform.clamp(min=1e-300).log()).log()
         return (kept.log_softmax(-1) + gumbel.to(kept.device)).float()
@@ -46,12 +36,6 @@ def in_nucleus(scores: torch.Tensor, p: float) -> torch.Tensor:
     outside = ranked.cumsum(-1) - ranked >= p
     outside[:, 0] = False
     return scores.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), -torch.inf)
-
-
-def _dice(seed: int, feature: torch.Tensor, question: str) -> torch.Generator:
-    known = hashlib.sha256(f"{seed} {question}".encode())
-    known.update(feature.detach().float().cpu().contiguous().numpy().tobytes())
-    return torch.Generator().manual_seed(int.from_bytes(known.digest()[:8], "little") % 2**63)
 
 
 register(

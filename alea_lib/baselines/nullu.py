@@ -1,8 +1,6 @@
 """Nullu (Yang et al. 2025): the directions in which hallucinated and grounded answers differ are taken out of what the
 MLPs of the upper layers write. A weight edit without training: two forward passes a pair, one decomposition a layer."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 
 import pandas as pd
@@ -20,33 +18,30 @@ from .registry import Baseline, register
 @dataclass(frozen=True)
 class NulluSettings:
     """``rank``: directions a layer; a direction is one in a model of any width, so the published 4 are kept. ``first``:
-    the lowest edited layer of a model with 32. ``prompt``: the role of the question before the answers."""
+    the lowest edited layer of a model with 32."""
 
     rank: int = 4
     first: int = 16
-    prompt: str = "plain"
 
 
-def fit_nullu(
-    vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, settings: NulluSettings = NulluSettings()
-) -> Delta:
+def fit_nullu(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, settings: NulluSettings) -> Delta:
     """The edit, of low rank; the model is left bit-equal.
 
     d [N,D]: state after the layer, mean over the negative's tokens, minus the same of the positive; V [D,rank]: right
     singular vectors of d, the largest first; the layer's down-projection W [D,M] becomes (1 - V V^T) W. ``features``
-    [N,P,D] and ``pairs`` (positive, negative) are of the same images. ValueError for a rank that the pairs do not have.
+    [N,P,D] and ``pairs`` (positive, negative, wrong) are of the same images. ValueError for a rank that the pairs do
+    not have.
     """
     limit = min(len(pairs), vlm.model.config.get_text_config().hidden_size)
     if not 0 <= settings.rank <= limit:
         raise ValueError(f"rank is {settings.rank}: {len(pairs)} pairs of this model have 0 to {limit} directions")
-    pairs = pairs if "wrong" in pairs else pairs.assign(wrong=[[]] * len(pairs))  # pooling over all tokens: not read
-    states = Evidence(vlm, features, pairs, LocateSettings(prompt=settings.prompt))["states"]
+    states = Evidence(vlm, features, pairs, LocateSettings())["states"]
     difference = torch.as_tensor(states["negative"] - states["positive"]).double()
     factors = {}
     for layer in range(at_depth(settings.first, vlm.n_layers), vlm.n_layers) if settings.rank else ():
         name = vlm.address("down_proj", layer)
-        directions = torch.linalg.svd(difference[:, layer], full_matrices=False).Vh[: settings.rank].float()
-        directions = directions.to(vlm.device)
+        directions = torch.linalg.svd(difference[:, layer], full_matrices=False).Vh[: settings.rank]
+        directions = directions.float().to(vlm.device)
         factors[name] = (-directions.T, directions @ full_weight(vlm, name))
     return factors_delta(vlm, factors, {"nullu": asdict(settings)})
 

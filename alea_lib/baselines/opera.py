@@ -2,22 +2,17 @@
 
 Attention is the last layer's, the largest of its heads, each row made to sum to 1. Each beam's likeliest next tokens
 are tried: what the tried token looks at ends a triangle of what the answer's tokens look at among themselves. The
-largest product along a column of it (:func:`column_scores`) is the token's penalty; among the first tokens it is
-instead minus the token's share on the image. Scores are the log-softmax among the tried tokens. When one column has
-been the largest in more than ``threshold`` steps of every beam, the answer goes back to the token behind it and may
-not take the same ones again; that token is chosen among all, without penalty (official code).
+largest product along a column of it is the token's penalty; for the first tokens it is minus the share on the image.
+When one column has been the largest in more than ``threshold`` steps of every beam, the answer goes back to the token
+behind it and may not take the same ones again; that token is chosen among all, without penalty (official code).
 
 Unlike the official code, which writes one answer at a time: columns that were the largest follow their beam, not their
-place among the beams; a product is computed from logarithms, so that long ones do not overflow; an item that goes back
-is written again, with what is now ruled out, together with others of its batch that go back.
+place among the beams; products are computed from logarithms; an item that goes back is written again, with what is now
+ruled out, together with others of its batch that go back.
 """
-
-from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,17 +32,15 @@ CEILING = 700.0  # of a penalty's logarithm: what double precision holds
 
 @dataclass(frozen=True)
 class OperaSettings:
-    """``beams``. ``candidates``: next tokens tried in each. ``scale``: factor of an attention share before products are
-    taken (0: no penalty). ``damping``: factor of a product. ``weight``: of the penalty. ``first``: so many tokens are
-    weighed by the image, and the answer never goes back behind them. ``threshold``: steps, more of which make it go
-    back. ``times``: how often to the same place (0: it never goes back; official code: the number of candidates).
-    ``words``: length of captions; for others than the published model's see :func:`at_length`."""
+    """``candidates``: next tokens tried in each beam. ``scale``: factor of an attention share before products are taken
+    (0: no penalty). ``damping``: factor of a product. ``first``: so many tokens are weighed by the image, and the
+    answer never goes back behind them. ``threshold``: steps, more of which make it go back. ``times``: how often to the
+    same place (0: it never goes back). ``words``: length of captions, see :func:`at_length`."""
 
     beams: int = 5
     candidates: int = 5
     scale: float = 50.0
     damping: float = 1e-7
-    weight: float = 1.0
     first: int = 10
     threshold: int = 15
     times: int = 5
@@ -87,8 +80,7 @@ class Kept(DynamicCache):
 
 
 class Past:
-    """What an item remembers when it goes back: ``banned`` beginnings of answers (tuples of tokens), and ``times``, how
-    often it went back to which place."""
+    """What an item remembers: ``banned`` beginnings of answers, and how many ``times`` it went back to which place."""
 
     def __init__(self):
         self.banned: set[tuple[int, ...]] = set()
@@ -116,7 +108,7 @@ class Watch:
         rows = torch.arange(len(mask), device=mask.device).repeat_interleave(s.beams)
         self.s, self.vlm, self.pasts, self.mask = s, vlm, pasts, mask[rows]
         self.batch, self.columns = batch.without_images(rows), Columns(vlm, batch)
-        self.cache, self.newest = Kept(len(rows), mask.device), None
+        self.cache, self.newest = Kept(len(rows), mask.device), mask.new_empty(0)
         self.said: list[list[list[list[int]]]] = [[] for _ in pasts]
         self.back: set[int] = set()
 
@@ -128,12 +120,11 @@ class Watch:
     @torch.no_grad()
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if t := ids.shape[1]:
-            rows = pad(self.cache.rows, (0, 1))
-            self.cache.rows = torch.cat([rows, self.newest[:, None, -t:]], 1)
+            self.cache.rows = torch.cat([pad(self.cache.rows, (0, 1)), self.newest[:, None, -t:]], 1)
         likely, tokens = scores.topk(self.s.candidates)
         penalty, column = self.penalty(self.tried(tokens))
         penalised = torch.full_like(scores, -torch.inf, dtype=torch.float64)
-        penalised.scatter_(1, tokens, likely.double() - self.s.weight * penalty)
+        penalised.scatter_(1, tokens, likely.double() - penalty)
         for said, beams in zip(self.said, ids.unflatten(0, (-1, self.s.beams)).tolist(), strict=True):
             said.append(beams)
         self.note(column)
@@ -200,10 +191,10 @@ class Search:
             self.watch = Watch(self.s, self.vlm, batch, self.mask[items], [pasts[i] for i in todo])
             rows = (items[:, None] * self.s.beams + torch.arange(self.s.beams, device=items.device)).ravel()
             own = {k: of_rows(v, rows, len(input_ids)) for k, v in options.items()}
-            new = type(model)._beam_search(
-                model, input_ids[rows], LogitsProcessorList([*logits_processor, self.watch]), stopping_criteria,
-                generation_config, **{**own, "past_key_values": self.watch.cache},
-            )  # fmt: skip
+            own["past_key_values"] = self.watch.cache
+            processors = LogitsProcessorList([*logits_processor, self.watch])
+            given = (input_ids[rows], processors, stopping_criteria, generation_config)
+            new = type(model)._beam_search(model, *given, **own)
             out |= {item: ids for i, (item, ids) in enumerate(zip(todo, new)) if i not in self.watch.back}
             todo = [todo[i] for i in sorted(self.watch.back)]
         return pad_sequence([out[i] for i in sorted(out)], True, self.vlm.tokenizer.pad_token_id)
@@ -213,26 +204,23 @@ def of_rows(value, rows: torch.Tensor, n: int):
     """Some rows of an option of the language model; positions in space and time [3,n,T] have them second."""
     if not isinstance(value, torch.Tensor):
         return value
-    if value.dim() == 3 and value.shape[0] == 3 and value.shape[1] == n and not value.is_floating_point():
+    if value.shape[:2] == (3, n) and value.dim() == 3 and not value.is_floating_point():
         return value[:, rows]
     return value[rows] if len(value) == n else value
 
 
-@contextmanager
-def opera(s: OperaSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def opera(s: OperaSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
-    if s.beams < 1 or s.candidates < 1 or s.words < 1:
-        raise ValueError(f"beams {s.beams}, candidates {s.candidates} and words {s.words} must be at least 1")
-    if s.scale < 0 or not 0 < s.damping <= 1:
-        raise ValueError(f"scale is {s.scale}, it must not be negative; damping is {s.damping}, in (0, 1]")
+    if min(s.beams, s.candidates, s.words) < 1 or s.scale < 0 or not 0 < s.damping <= 1:
+        raise ValueError(f"beams, candidates and words are at least 1, scale at least 0, damping in (0, 1]: {s}")
     search = Search(at_length(s), vlm, batch, mask)
     with weighed_attention(vlm, lambda *args: search.watch.look(*args), [vlm.n_layers - 1]):
         yield {"num_beams": s.beams, "custom_generate": search, **positions(vlm, batch, mask)}
 
 
 def positions(vlm: VLM, batch: Batch, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Positions of the prompt that go on as :meth:`VLM.hidden` counts those of a tried token, padding included; left to
-    itself, ``generate`` counts without padding. Families with positions of their own have them already."""
+    """Positions of the prompt that count padding, as :meth:`VLM.hidden` counts those of a tried token; left to itself,
+    ``generate`` counts without. Families with positions of their own have them already."""
     if "position_ids" in (vlm.row.generate_inputs or vlm.row.decoder_inputs)(vlm, mask, batch):
         return {}
     return {"position_ids": torch.arange(mask.shape[1], device=mask.device).expand(len(mask), -1)}

@@ -1,20 +1,12 @@
-"""PAI (Liu et al. 2024): the newest token looks harder at the image, and what the prompt says without it is left out.
+"""PAI (Liu et al. 2024): image logits of the newest token's attention are raised by a share of their size, and the
+answer is guided away from what the prompt says without the image."""
 
-Two parts, each a setting: image logits of the last query row are raised by a share of their size; and guidance
-away from the stream that has no image.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
 from ..models.hooks import weighed_attention
-from ..models.vlm import VLM
 from .common import Columns, Stream, at_depth, plausible, without_image
 from .registry import Baseline, register
 
@@ -22,12 +14,10 @@ from .registry import Baseline, register
 @dataclass(frozen=True)
 class PaiSettings:
     """``alpha``: image logits a become a + alpha |a| (0: no change). ``gamma``: strength of the guidance (1: none).
-    ``beta``: tokens less likely than this share of the likeliest are ruled out under guidance (official code).
     ``first``: the lowest layer of a model with 32 whose attention is changed."""
 
     alpha: float = 0.5
     gamma: float = 1.1
-    beta: float = 0.1
     first: int = 2
 
 
@@ -36,18 +26,15 @@ def raised(scores: torch.Tensor, image: torch.Tensor, alpha: float) -> torch.Ten
     return torch.where(image, scores + alpha * scores.abs(), scores)
 
 
-def guided(scores: torch.Tensor, blind: torch.Tensor, gamma: float, beta: float) -> torch.Tensor:
-    """Scores [B,V] and those of the stream without image -> log p + (gamma - 1)(log p - log p without image), -inf for
-    tokens with p < beta max p."""
+def guided(scores: torch.Tensor, blind: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Scores [B,V] and those of the stream without image -> log p + (gamma - 1)(log p - log p without image), where
+    plausible."""
     own, prior = scores.float().log_softmax(-1), blind.float().log_softmax(-1)
-    return torch.where(plausible(scores, beta), gamma * (own - prior) + prior, -torch.inf)
+    return plausible(scores, gamma * (own - prior) + prior)
 
 
-@contextmanager
-def pai(s: PaiSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def pai(s: PaiSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
-    if not 0 <= s.beta <= 1:
-        raise ValueError(f"beta is {s.beta}, a share between 0 and 1")
     columns, second = Columns(vlm, batch), Stream(vlm, *without_image(vlm, batch, embeds, mask))
     blind = False  # while the second stream is read, attention stays as it is
 
@@ -58,7 +45,7 @@ def pai(s: PaiSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torc
         nonlocal blind
         blind = True
         try:
-            return guided(scores, second(ids), s.gamma, s.beta)
+            return guided(scores, second(ids), s.gamma)
         finally:
             blind = False
 

@@ -1,17 +1,10 @@
 """Baselines without further model passes: beams, a stronger wish to stop, other words, a shorter caption."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
-import pandas as pd
 import torch
 
 from ..metrics.frontier import drop_last_sentence
-from ..models.batch import Batch
-from ..models.vlm import VLM
 from .registry import Baseline, register
 
 
@@ -22,8 +15,7 @@ class BeamSettings:
     beams: int = 5
 
 
-@contextmanager
-def beam(s: BeamSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def beam(s: BeamSettings, vlm, batch, embeds, mask):
     """Beam search; scores are divided by the length, as transformers does."""
     yield {"num_beams": s.beams}
 
@@ -35,8 +27,7 @@ class StopSettings:
     strength: float = 2.0
 
 
-@contextmanager
-def stop_early(s: StopSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def stop_early(s: StopSettings, vlm, batch, embeds, mask):
     """The control of methods that only shorten: the end of the answer is made likelier, nothing else."""
 
     def lifted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -54,19 +45,9 @@ class PromptSettings:
     role: str = "careful"
 
 
-def careful(s: PromptSettings) -> str:
-    """The base model, asked to name only what it sees."""
-    return s.role
-
-
 @dataclass(frozen=True)
 class TruncationSettings:
-    """Nothing to set: the last sentence goes."""
-
-
-def truncation(s: TruncationSettings, captions: pd.DataFrame) -> pd.DataFrame:
-    """The control that any method must beat: captions of the base model without their last sentence."""
-    return drop_last_sentence(captions)
+    """Nothing to set: the last sentence goes. The control that any method must beat."""
 
 
 register(
@@ -78,10 +59,10 @@ register(
              "the end token's logit is raised", "control of this study")
 )  # fmt: skip
 register(
-    Baseline("careful-prompt", "prompt", careful, PromptSettings(), description="asked to name only what is visible",
-             source="control of this study")
+    Baseline("careful-prompt", "prompt", lambda s: s.role, PromptSettings(),
+             description="asked to name only what is visible", source="control of this study")
 )  # fmt: skip
 register(
-    Baseline("truncation", "after", truncation, TruncationSettings(), description="the last sentence is deleted",
-             source="control of this study")
+    Baseline("truncation", "after", lambda s, captions: drop_last_sentence(captions), TruncationSettings(),
+             description="the last sentence is deleted", source="control of this study")
 )  # fmt: skip

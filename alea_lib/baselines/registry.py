@@ -1,15 +1,15 @@
 """The baselines: other ways to fewer hallucinations.
 
-A baseline is one file of this folder and one entry of :data:`MODULES`; a notebook may register its own without either.
-It brings *settings* (a frozen dataclass, the published constants as defaults), a *grid* of them among which
+A baseline is one file of this folder; a notebook may register its own without one. It brings *settings* (a frozen
+dataclass, the published constants as defaults), a *grid* of them among which
 :mod:`alea_lib.experiments.baseline_trial` chooses, and ``apply``, by its ``kind``:
 
-* ``decoding``: ``apply(settings, vlm, batch, embeds, mask)`` is a context manager that yields a dict of options for
-  ``generate`` (``logits_processor`` a list, ``num_beams``, ...). It is entered once for each batch, before the prompt
-  is read, and left when the batch is written, so that hooks are set inside it. ``batch`` (padded on the left) says
-  where the image is: ``batch.ids == vlm.image_id``. ``embeds`` [B,T+k,D] and ``mask`` [B,T+k] have the k rows of a soft
-  prefix too, which never stand before the image, so the image's columns are those of ``batch.ids``;
-* ``delta``: ``apply(vlm, features, pairs, settings)`` gives a :class:`~alea_lib.models.delta.Delta` (or it and a table);
+* ``decoding``: ``apply(settings, vlm, batch, embeds, mask)`` is the generator of a context manager: it yields, once, a
+  dict of options for ``generate`` (``logits_processor`` a list, ``num_beams``, ...). It is entered for each batch,
+  before the prompt is read, and left when the batch is written, so that hooks are set inside it. ``batch`` (padded on
+  the left) says where the image is: ``batch.ids == vlm.image_id``. ``embeds`` [B,T+k,D] and ``mask`` [B,T+k] have the k
+  rows of a soft prefix too, which never stand before the image, so its columns are those of ``batch.ids``;
+* ``delta``: ``apply(vlm, features, pairs, settings)`` gives a :class:`~alea_lib.models.delta.Delta`;
 * ``prompt``: ``apply(settings)`` gives the prompt role;
 * ``after``: ``apply(settings, captions)`` rewrites the table of captions of the base model.
 
@@ -25,10 +25,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import pkgutil
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -38,15 +41,6 @@ from ..models.delta import Delta
 from ..models.vlm import VLM
 
 KINDS = ("decoding", "delta", "prompt", "after")
-# name of a baseline -> the file of this folder that registers it
-MODULES: dict[str, str] = {
-    "truncation": "plain", "stop-early": "plain", "careful-prompt": "plain", "beam": "plain",
-    "nucleus": "nucleus", "vcd": "vcd", "m3id": "m3id", "dola": "dola", "pai": "pai", "opera": "opera",
-    "adhh": "adhh", "spin": "spin", "vhr": "vhr", "nullu": "nullu",
-    "dpo": "dpo", "sft": "edits", "lora-all": "edits",
-    "no-prefix": "edits", "random-prefix": "edits", "random-layers": "edits", "last-layer": "edits", "all-layers": "edits",
-    "heads": "edits", "lora": "edits", "alea-official": "edits", "alea-corrected": "edits", "alea-mixed": "edits",
-}  # fmt: skip
 ROWS: dict[str, Baseline] = {}
 
 
@@ -60,7 +54,7 @@ class Baseline:
     name: str
     kind: str
     apply: Callable
-    settings: object
+    settings: Any
     grid: tuple[dict, ...] = ({},)
     description: str = ""
     source: str = ""
@@ -87,15 +81,13 @@ class Baseline:
     def fitted(self, vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame) -> Baseline:
         """With what it learns from pairs: the weight edit, or settings. ``features`` [N,P,D] are the pairs' images."""
         if self.kind == "delta":
-            found = self.apply(vlm, features, pairs, self.settings)
-            return replace(self, delta=found[0] if isinstance(found, tuple) else found)
+            return replace(self, delta=self.apply(vlm, features, pairs, self.settings))
         if self.learn is not None:
             return replace(self, settings=self.learn(vlm, features, pairs, self.settings))
         return self
 
     def with_views(self, vlm: VLM, files: list[Path], features: torch.Tensor) -> Baseline:
-        """With other views of the images that it will write about, where it needs some; ``features`` [N,P,D] are
-        theirs."""
+        """With other views of the images that it will write about, where it needs some; ``features`` [N,P,D]."""
         return self if self.view is None else replace(self, views=Views(features, self.view(vlm, files, self.settings)))
 
     @property
@@ -103,7 +95,7 @@ class Baseline:
         """What ``generate`` takes; None (plain greedy decoding) for the other kinds."""
         if self.kind != "decoding":
             return None
-        return partial(self.apply, self.settings, **({} if self.view is None else {"views": self.views}))
+        return contextmanager(partial(self.apply, self.settings, **({"views": self.views} if self.view else {})))
 
     @property
     def prompt(self) -> str:
@@ -115,27 +107,25 @@ class Views:
     """Other features of the same images, found by the features that stand in a batch."""
 
     def __init__(self, features: torch.Tensor, others: torch.Tensor):
-        self._row = {_key(f): i for i, f in enumerate(features)}
-        self._others = others
+        self._views = {feature_digest(f): other for f, other in zip(features, others, strict=True)}
 
     def of(self, features: torch.Tensor) -> torch.Tensor:
         """The other view [B,P,D] of each row of ``features``. KeyError for an unknown image."""
-        try:
-            rows = [self._row[_key(f)] for f in features]
-        except KeyError:
-            raise KeyError("an image without a view: call baseline.with_views(vlm, files, features)") from None
-        return self._others[rows]
+        digests = [feature_digest(f) for f in features]
+        if not self._views.keys() >= set(digests):
+            raise KeyError("an image without a view: call baseline.with_views(vlm, files, features)")
+        return torch.stack([self._views[d] for d in digests])
 
 
-def _key(feature: torch.Tensor) -> bytes:
-    return hashlib.sha1(feature.detach().float().cpu().contiguous().numpy().tobytes()).digest()
+def feature_digest(feature: torch.Tensor, start: str = "") -> bytes:
+    """SHA-256 of a text and of an image's features [P,D]."""
+    return hashlib.sha256(start.encode() + feature.detach().float().cpu().contiguous().numpy().tobytes()).digest()
 
 
 def register(row: Baseline) -> Baseline:
     """Add a baseline. ValueError for a name that is taken, an unknown kind, or a grid with unknown settings."""
     if row.kind not in KINDS:
         raise ValueError(f"{row.name} is of kind {row.kind!r}, it must be one of {KINDS}")
-    _load(row.name)  # so that a name of MODULES counts as taken; does nothing while its own file is imported
     if row.name in ROWS:
         raise ValueError(f"there is a baseline {row.name!r} already")
     for changes in row.grid:
@@ -147,16 +137,15 @@ def register(row: Baseline) -> Baseline:
 
 def baseline(name: str, **changes) -> Baseline:
     """The baseline of this name, with changes of its settings. KeyError names the known ones."""
-    _load(name)
-    if name not in ROWS:
-        raise KeyError(f"unknown baseline {name!r}; there are {sorted(baseline_names())}")
+    if name not in baseline_names():
+        raise KeyError(f"unknown baseline {name!r}; there are {sorted(ROWS)}")
     return ROWS[name].changed(**changes)
 
 
 def baseline_names() -> set[str]:
-    """The names of all baselines; rows of ``metrics.csv`` may bear them."""
-    for name in MODULES:
-        _load(name)
+    """The names of all baselines, of this folder's files and of others that were registered."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
     return set(ROWS)
 
 
@@ -167,9 +156,3 @@ def baseline_table() -> pd.DataFrame:
         [(r.name, r.kind, str(r.settings), len(r.grid), r.description, r.source) for r in rows],
         columns=["method", "kind", "settings", "grid", "description", "source"],
     )
-
-
-def _load(name: str) -> None:
-    """Import the file that registers this baseline, if it is one of this folder."""
-    if name in MODULES:
-        importlib.import_module(f"{__package__}.{MODULES[name]}")

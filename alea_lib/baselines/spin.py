@@ -1,16 +1,10 @@
 """SPIN (Sarkar et al. 2025): at each token and in each layer, heads that look little at the image are turned down."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from ..models.batch import Batch
 from ..models.hooks import weighed_attention
-from ..models.vlm import VLM
 from .common import Columns
 from .registry import Baseline, register
 
@@ -35,13 +29,10 @@ def head_scales(scores: torch.Tensor, image: torch.Tensor, s: SpinSettings) -> t
     return torch.full_like(looks, s.scale).scatter(1, kept, 1.0)
 
 
-@contextmanager
-def spin(s: SpinSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def spin(s: SpinSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
-    if s.ranked_by not in RANKED_BY:
-        raise ValueError(f"ranked_by is {s.ranked_by!r}, it must be one of {RANKED_BY}")
-    if not 0 <= s.kept <= 1:
-        raise ValueError(f"kept is {s.kept}, a share between 0 and 1")
+    if s.ranked_by not in RANKED_BY or not 0 <= s.kept <= 1:
+        raise ValueError(f"ranked_by is {s.ranked_by!r}, one of {RANKED_BY}; kept is {s.kept}, a share from 0 to 1")
     columns = Columns(vlm, batch)
 
     def weigh(layer: int, scores: torch.Tensor) -> torch.Tensor:

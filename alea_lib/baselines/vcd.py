@@ -1,15 +1,10 @@
 """VCD (Leng et al., CVPR 2024): what the model would also say of a noisy image counts against a token."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ..models.batch import Batch
 from ..models.vlm import VLM
 from .common import Stream, plausible, with_features
 from .registry import Baseline, Views, register
@@ -17,11 +12,9 @@ from .registry import Baseline, Views, register
 
 @dataclass(frozen=True)
 class VcdSettings:
-    """``alpha``: weight of the contrast (0: plain decoding). ``beta``: tokens less likely than this share of the
-    likeliest are not written. ``step``: of the 1,000 of the diffusion's noising."""
+    """``alpha``: weight of the contrast (0: plain decoding). ``step``: of the 1,000 of the diffusion's noising."""
 
     alpha: float = 1.0
-    beta: float = 0.1
     step: int = 500
     seed: int = 0
 
@@ -47,18 +40,14 @@ def noised(vlm: VLM, files: list[Path], s: VcdSettings) -> torch.Tensor:
     return vlm.features(files, change=change)
 
 
-@contextmanager
-def vcd(
-    s: VcdSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor, views: Views | None = None
-) -> Iterator[dict]:
+def vcd(s: VcdSettings, vlm, batch, embeds, mask, views: Views | None = None):
     """Logits (1 + alpha) l(image) - alpha l(noisy image), among the plausible tokens of l(image)."""
     if views is None:
         raise ValueError("vcd needs the noisy images: call baseline.with_views(vlm, files, features) first")
     noisy = Stream(vlm, *with_features(vlm, batch, embeds, mask, views.of(batch.features)))
 
     def contrasted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        away = (1 + s.alpha) * scores - s.alpha * noisy(ids)
-        return away.masked_fill(~plausible(scores, s.beta), -torch.inf)
+        return plausible(scores, (1 + s.alpha) * scores - s.alpha * noisy(ids))
 
     yield {"logits_processor": [contrasted]}
 

@@ -1,12 +1,9 @@
 """VHR (He et al. 2025): heads whose output depends on the image are turned up; the first token says which."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 
 from ..models.batch import Batch
 from ..models.hooks import replaced_heads
@@ -18,22 +15,21 @@ from .registry import Baseline, register
 @dataclass(frozen=True)
 class VhrSettings:
     """``alpha``: factor of the chosen heads' outputs. ``share``: of a layer's heads that are chosen, at least one.
-    ``layers``: of a model with 32, the published second one and last 14. ``outlier``: heads whose output without the
-    image is longer than the layer's mean by so many standard deviations are never chosen."""
+    ``layers``: of a model with 32, the published second one and last 14."""
 
     alpha: float = 2.0
     share: float = 0.5
     layers: tuple[int, ...] = (1, *range(18, 32))
-    outlier: float = 1.0
 
 
-def vision_aware(seeing: torch.Tensor, blind: torch.Tensor, s: VhrSettings) -> torch.Tensor:
-    """Head outputs [B,H,D/H] at one position, with and without the image -> bool [B,H]: the heads of the largest
-    divergence |seeing - blind|, which are to be turned up."""
+def vision_aware(seeing: torch.Tensor, blind: torch.Tensor, share: float) -> torch.Tensor:
+    """Head outputs [B,H,D/H] at one position, with and without the image -> bool [B,H]: the ``share`` of heads of the
+    largest divergence |seeing - blind|, but none whose output without the image is longer than the layer's mean by more
+    than a standard deviation."""
     length = blind.float().norm(dim=-1)
-    odd = length > length.mean(1, keepdim=True) + s.outlier * length.std(1, keepdim=True)
+    odd = length > length.mean(1, keepdim=True) + length.std(1, keepdim=True)
     divergence = (seeing - blind).float().norm(dim=-1).masked_fill(odd, 0.0)
-    top = divergence.topk(max(1, round(s.share * divergence.shape[1])), dim=1).indices
+    top = divergence.topk(max(1, round(share * divergence.shape[1])), dim=1).indices
     return torch.zeros_like(odd).scatter(1, top, True) & (divergence > 0)
 
 
@@ -45,11 +41,11 @@ def chosen_heads(
 
     A layer's heads are judged after those of the layers below have been turned up.
     """
-    image = torch.nn.functional.pad(batch.ids == vlm.image_id, (0, mask.shape[1] - batch.ids.shape[1]))
+    image = pad(Columns(vlm, batch).image, (0, mask.shape[1] - batch.ids.shape[1]))
     both, found, n = torch.arange(len(mask), device=mask.device).repeat(2), {}, len(mask)
 
     def choose(layer: int, o: torch.Tensor) -> torch.Tensor:
-        found[layer] = vision_aware(o[:n, -1], o[n:, -1], s)
+        found[layer] = vision_aware(o[:n, -1], o[n:, -1], s.share)
         return turned_up(o, torch.cat([found[layer], torch.zeros_like(found[layer])]), s.alpha)
 
     with replaced_heads(vlm, choose, layers):
@@ -64,10 +60,8 @@ def turned_up(o: torch.Tensor, heads: torch.Tensor, alpha: float) -> torch.Tenso
     return torch.cat([o[:, :-1], o[:, -1:] * factor[:, None, :, None]], 1)
 
 
-@contextmanager
-def vhr(s: VhrSettings, vlm: VLM, batch: Batch, embeds: torch.Tensor, mask: torch.Tensor) -> Iterator[dict]:
+def vhr(s: VhrSettings, vlm, batch, embeds, mask):
     """Decoding under these settings."""
-    Columns(vlm, batch)  # an image in each
     layers = sorted({at_depth(layer, vlm.n_layers) for layer in s.layers})
     found = chosen_heads(vlm, batch, embeds, mask, layers, s)
     with replaced_heads(vlm, lambda layer, o: turned_up(o, found[layer], s.alpha), layers):

@@ -5,11 +5,10 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "answers": ["captions", "pope_answers", "yes_no_answers"],
-        "grounding": ["attention_heads", "attention_share", "counterfactual"],
+        "answers": ["captions", "yes_no_answers"],
+        "grounding": ["attention_heads", "counterfactual_heads"],
         "kept_ability": ["ability", "first_references"],
-        "patches": ["PatchSettings", "patch_maps"],
-        "route": ["counterfactual_heads"],
+        "patches": ["patch_maps"],
         "scoring": [
             "evaluate",
             "frontier_rows",

@@ -19,13 +19,7 @@ def captions(
 
 
 def yes_no_answers(
-    vlm: VLM,
-    split: Split,
-    features: torch.Tensor,
-    questions: pd.DataFrame,
-    batch_size: int = 200,
-    name: str = "POPE",
-    decoding=None,
+    vlm: VLM, split: Split, features: torch.Tensor, questions: pd.DataFrame, decoding=None
 ) -> pd.DataFrame:
     """The table of questions (columns image = file name, text, ...) with the model's ``answer`` to each.
 
@@ -35,15 +29,9 @@ def yes_no_answers(
     asked = questions[["image", "text"]].drop_duplicates().reset_index(drop=True)
     row = {f.name: i for i, f in enumerate(split.files)}
     if missing := sorted(set(asked["image"]) - set(row))[:3]:
-        raise ValueError(f"{name} asks about images that split {split.name!r} lacks: {missing}")
-    shown = features[torch.tensor([row[image] for image in asked["image"]], dtype=torch.long)]
+        raise ValueError(f"questions are about images that split {split.name!r} lacks: {missing}")
+    shown = features[torch.tensor(asked["image"].map(row).tolist(), dtype=torch.long)]
     texts = [vlm.row.short(q) for q in asked["text"]]
-    answers = vlm.generate(shown, texts, max_new_tokens=4, batch_size=batch_size, progress=name, decoding=decoding)
+    answers = vlm.generate(shown, texts, max_new_tokens=4, batch_size=200, progress="questions", decoding=decoding)
     asked["answer"] = [a.text for a in answers]
     return questions.merge(asked, on=["image", "text"], how="left")
-
-
-def pope_answers(vlm: VLM, split: Split, features: torch.Tensor, questions: pd.DataFrame, **options) -> pd.DataFrame:
-    """Answers to POPE questions: question_id, answer (and setting, where the questions have one)."""
-    keys = [c for c in ("setting", "question_id") if c in questions]
-    return yes_no_answers(vlm, split, features, questions, **options)[[*keys, "answer"]]

@@ -8,6 +8,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from ..core.stats import ratio_items
 from ..datasets.write import Split
 from ..models.batch import target_mask
 from ..models.delta import Delta, applied, verify
@@ -18,9 +19,7 @@ from .grounding import batches
 def first_references(split: Split) -> pd.DataFrame:
     """The first reference caption of each image of the split: image_id, caption, in the split's order."""
     rows = json.loads(split.captions.read_text(encoding="utf-8"))["annotations"]
-    first: dict[int, str] = {}
-    for row in sorted(rows, key=lambda r: r["id"]):
-        first.setdefault(row["image_id"], row["caption"])
+    first = {r["image_id"]: r["caption"] for r in sorted(rows, key=lambda r: r["id"], reverse=True)}
     if missing := [i for i in split.ids if i not in first]:
         raise ValueError(f"{split.captions} has no caption for {len(missing)} images, e.g. {missing[:3]}")
     return pd.DataFrame({"image_id": split.ids, "caption": [first[i] for i in split.ids]})
@@ -42,18 +41,17 @@ def ability(
     """
     if delta:
         verify(vlm, delta)
-    rows = []
+    parts = []
     for part, batch in batches(vlm, features, references, prompt, batch_size):
-        base = vlm.answer_logits(batch).float().log_softmax(-1)
-        with applied(vlm, delta, verified=True):
-            now = vlm.answer_logits(batch).float().log_softmax(-1) if delta else base
-        wanted = batch.labels[batch.labels != -100]
-        item = torch.arange(len(part), device=wanted.device).repeat_interleave(target_mask(batch.labels).sum(1))
-        found = {"nll_grounded": F.nll_loss(now, wanted, reduction="none")}
+        now = base = vlm.answer_logits(batch).float().log_softmax(-1)
         if delta:
-            found["kl_clean"] = F.kl_div(now, base, log_target=True, reduction="none").sum(-1)
-        for metric, values in found.items():
-            sums = torch.zeros(len(part), device=wanted.device).index_add_(0, item, values)
-            n = torch.bincount(item, minlength=len(part))
-            rows += zip(part["image_id"], [metric] * len(part), sums.tolist(), n.double().tolist())
-    return pd.DataFrame(rows, columns=["image_id", "metric", "num", "den"])
+            with applied(vlm, delta, verified=True):
+                now = vlm.answer_logits(batch).float().log_softmax(-1)
+        values = {"nll_grounded": F.nll_loss(now, batch.labels[batch.labels != -100], reduction="none")}
+        if delta:
+            values["kl_clean"] = F.kl_div(now, base, log_target=True, reduction="none").sum(-1)
+        n = target_mask(batch.labels).sum(1)
+        item = torch.arange(len(n), device=n.device).repeat_interleave(n)
+        sums = {m: torch.zeros(len(n), device=n.device).index_add_(0, item, v) for m, v in values.items()}
+        parts.append(ratio_items(part["image_id"], {m: (v.cpu(), n.cpu()) for m, v in sums.items()}))
+    return pd.concat(parts, ignore_index=True)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import pandas as pd
 import torch
-from tqdm import tqdm
 
 from ..core.files import DataError
 from ..datasets.write import Split
@@ -19,20 +18,6 @@ from .grounding import blank_features, log_p, object_batches
 COLUMNS = ["image_id", "start", "end", "category", "present", "attention", "effect"]
 
 
-@dataclass(frozen=True)
-class PatchSettings:
-    """``block``: side of the square of patches that is blanked at once, odd (1 = one patch; a glyph of the small world
-    covers four to nine). ``batch_size``: blanked images in one pass; memory goes with it."""
-
-    block: int = 3
-    prompt: str = "plain"
-    batch_size: int = 64
-
-    def __post_init__(self):
-        if self.block < 1 or self.block % 2 == 0:
-            raise ValueError(f"block is the side of a square around a patch: an odd number, not {self.block}")
-
-
 @torch.no_grad()
 def patch_maps(
     vlm: VLM,
@@ -40,8 +25,9 @@ def patch_maps(
     features: torch.Tensor,
     table: pd.DataFrame,
     truth: Truth,
-    s: PatchSettings = PatchSettings(),
-    progress: str = "",
+    block: int = 3,
+    prompt: str = "plain",
+    batch_size: int = 64,
 ) -> pd.DataFrame:
     """Two maps over the image's patches for each object word of each caption: one row a word.
 
@@ -50,16 +36,16 @@ def patch_maps(
     ``attention``: weights of the position that predicts the word's first token, mean over layers and heads, not
     renormalised (they sum to the share of attention on the image).
     ``effect``: log p(first token) minus the same with the ``block`` x ``block`` patches around this one taken from a
-    grey image, the rest of the answer forced; in nats, positive = the patches speak for the word.
-    DataError unless the patches form a square.
+    grey image, the rest of the answer forced; in nats, positive = the patches speak for the word. ``batch_size``:
+    images with grey patches in one pass.
+    DataError unless the patches form a square, ValueError for an even ``block``.
     """
-    around = windows(features.shape[1], s.block)
-    blank, rows = blank_features(vlm, split)[0], []
-    single = object_batches(vlm, features, table, truth, s.prompt, batch_size=1)
-    for _, batch, objects in tqdm(single, total=len(table), desc=progress, disable=not progress):
+    around = windows(features.shape[1], block)
+    blank, rows = blank_features(vlm, split), []
+    for _, batch, objects in object_batches(vlm, features, table, truth, prompt, batch_size=1):
         if not objects:
             continue
-        maps = (_attention(vlm, batch).tolist(), _effect(vlm, batch, blank, around, s.batch_size).tolist())
+        maps = (_attention(vlm, batch).tolist(), _effect(vlm, batch, blank, around, batch_size).tolist())
         for o, attention, effect in zip(objects, *maps, strict=True):
             m = o.mention
             rows.append((o.image_id, m.start, m.end, m.category, o.present, attention, effect))
@@ -68,11 +54,13 @@ def patch_maps(
 
 def windows(patches: int, block: int) -> torch.Tensor:
     """[P,P] bool: row p is the square of ``block`` x ``block`` patches around patch p, cut at the image's edge."""
+    if block < 1 or block % 2 == 0:
+        raise ValueError(f"block is the side of a square around a patch: an odd number, not {block}")
     side = round(patches**0.5)
     if side * side != patches:
         raise DataError(f"{patches} image positions form no square: maps need a family whose patches tile the image")
-    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")).reshape(2, -1)
-    return ((at[:, :, None] - at[:, None]).abs() <= block // 2).all(0)
+    at = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    return ((at[:, None] - at).abs() <= block // 2).all(-1)
 
 
 def _attention(vlm: VLM, batch: Batch) -> torch.Tensor:
@@ -89,12 +77,7 @@ def _effect(vlm: VLM, batch: Batch, blank: torch.Tensor, around: torch.Tensor, b
     whole, without = log_p(vlm, batch), []
     for part in around.to(batch.features.device).split(batch_size):
         blanked = torch.where(part[..., None], blank, batch.features)
-        without.append(log_p(vlm, _copies(batch, blanked)).view(len(part), -1))
+        copies = batch.without_images(torch.zeros(len(part), dtype=torch.long, device=batch.ids.device))
+        copies = replace(copies, features=blanked, questions=batch.questions * len(part))
+        without.append(log_p(vlm, copies).view(len(part), -1))
     return (whole - torch.cat(without)).T
-
-
-def _copies(batch: Batch, features: torch.Tensor) -> Batch:
-    """One caption as many times as there are images."""
-    n = len(features)
-    ids, mask, labels = (x.expand(n, -1) for x in (batch.ids, batch.mask, batch.labels))
-    return Batch(ids, mask, labels, features, batch.question.expand(n), batch.answer.expand(n), batch.questions * n)

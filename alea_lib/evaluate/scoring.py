@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ..core.files import read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
-from ..core.stats import paired_difference, paired_difference_seeds, summarise, summarise_seeds
+from ..core.stats import paired_difference_seeds, ratio_items, summarise_seeds
 from ..core.tables import DIFFERENCE, metric_rows
 from ..datasets.write import Split, World
 from ..metrics.amber import Amber, amber, amber_responses, read_amber
@@ -29,6 +29,7 @@ ITEM = ["image_id", "metric"]
 COLUMNS = [*GROUP, *ITEM, "num", "den"]
 NO_PROMPT = ("pope", "mme")  # benchmarks whose questions are the prompt
 FORCED = ("attn_*", "blank_effect", "swap_effect", "nll_grounded", "ppl_grounded")  # measures of given answers
+NOTHING = pd.DataFrame(columns=["metric", "value", "lo", "hi", "n"])
 QUESTION = ["question_id", "setting", "image", "text", "label", "image_id"]
 
 
@@ -62,35 +63,24 @@ class Benchmarks:
 def read_benchmarks(world: World, image_ids: list[int]) -> Benchmarks:
     """The question sets of a world, as far as they are about these images; those that it lacks are named."""
     found, lacking = {}, {}
-    for name, read in {"pope": _read_pope, "mme": _read_mme, "amber": _read_amber}.items():
+    for name, read in {"pope": _read_pope, "mme": read_mme, "amber": read_amber}.items():
         if not world.has(name):
             lacking[name] = f"the world {world.info['name']} has no {name.upper()} questions"
             continue
-        asked = read(world, image_ids)
-        if len(asked.queries if name == "amber" else asked):
-            found[name] = asked
-        else:
+        asked = read(world if name == "pope" else getattr(world, name)())
+        table = asked.queries if name == "amber" else asked
+        table = table[table["image_id"].isin(image_ids)].reset_index(drop=True)
+        if table.empty:
             lacking[name] = f"no {name.upper()} question is about the images that were looked at"
+        else:
+            found[name] = replace(asked, queries=table) if name == "amber" else table
     return Benchmarks(**found, lacking=lacking)
 
 
-def _read_pope(world: World, image_ids: list[int]) -> pd.DataFrame:
+def _read_pope(world: World) -> pd.DataFrame:
     asked = {s: read_pope(world.pope(s)) for s in SETTINGS}
     parts = [q.assign(setting=s, question_id=s + q["question_id"].astype(str)) for s, q in asked.items()]
-    return _about(pd.concat(parts, ignore_index=True), image_ids)[QUESTION]
-
-
-def _read_mme(world: World, image_ids: list[int]) -> pd.DataFrame:
-    return _about(read_mme(world.mme()), image_ids)
-
-
-def _read_amber(world: World, image_ids: list[int]) -> Amber:
-    whole = read_amber(world.amber())
-    return replace(whole, queries=_about(whole.queries, image_ids))
-
-
-def _about(table: pd.DataFrame, image_ids: list[int]) -> pd.DataFrame:
-    return table[table["image_id"].isin(image_ids)].reset_index(drop=True)
+    return pd.concat(parts, ignore_index=True)[QUESTION]
 
 
 def evaluate(
@@ -110,57 +100,49 @@ def evaluate(
     ``decoding``: how it writes (see ``VLM.generate``); teacher-forced measures are then absent, with a note.
     """
     features = vlm.features(split.files)
-    asked = [q.assign(benchmark=b) for b, q in benchmarks.questions().items()]
-    asked = pd.concat(asked, ignore_index=True) if asked else pd.DataFrame(columns=["benchmark", *QUESTION])
+    empty = pd.DataFrame(columns=["benchmark", *QUESTION])
+    asked = pd.concat([empty, *(q.assign(benchmark=b) for b, q in benchmarks.questions().items())], ignore_index=True)
     with applied(vlm, delta):
         written = captions(vlm, split, features, prompt, max_new_tokens, decoding=decoding)
-        answers = yes_no_answers(vlm, split, features, asked, name="questions", decoding=decoding)
+        answers = yes_no_answers(vlm, split, features, asked, decoding)
     parts = [_caption_items(written, truth, max_new_tokens), *_question_items(answers, written, benchmarks)]
     notes = {f"{name}_*": why for name, why in benchmarks.lacking.items()}
     if delta is None:
         notes["kl_clean"] = "the distance from the unedited model is defined for edits alone"
     if decoding is None:
-        parts += _forced_items(vlm, split, features, written, truth, delta, prompt, n_grounding)
+        few = split.take(n_grounding)
+        n = len(few.ids)
+        with applied(vlm, delta):
+            share = attention_share(vlm, features, written, prompt)
+            effect = counterfactual(vlm, few, features[:n], written[:n], truth, prompt)
+        kept = ability(vlm, features, first_references(split), delta, prompt)
+        parts += [
+            share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
+            effect.assign(benchmark="grounding", scorer="teacher-forced"),
+            kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
+        ]
     else:
         why = "the method changes how an answer is written; the model that reads a given answer is not changed"
         notes |= dict.fromkeys(FORCED, why)
     return Evaluated(written, pd.concat(parts, ignore_index=True)[COLUMNS], _notes(notes))
 
 
-def _forced_items(vlm, split, features, written, truth, delta, prompt, n_grounding) -> list[pd.DataFrame]:
-    """Items of the measures that read given answers: shares of attention, other images, references."""
-    few = split.take(n_grounding)
-    with applied(vlm, delta):
-        share = attention_share(vlm, features, written, prompt)
-        effect = counterfactual(vlm, few, features[: len(few.ids)], written[: len(few.ids)], truth, prompt)
-    kept = ability(vlm, features, first_references(split), delta, prompt)
-    return [
-        share.assign(benchmark="grounding", scorer="teacher-forced", setting="answer"),
-        effect.assign(benchmark="grounding", scorer="teacher-forced"),
-        kept.assign(benchmark="ability", scorer="teacher-forced", setting="reference"),
-    ]
-
-
 def _question_items(answers: pd.DataFrame, written: pd.DataFrame, benchmarks: Benchmarks) -> list[pd.DataFrame]:
     """Items of the benchmarks that there are; AMBER's descriptions are the captions of its images."""
-    by_benchmark = {
-        b: answers.loc[answers["benchmark"] == b, ["setting", "question_id", "answer"]] for b in benchmarks.questions()
-    }
-    parts = []
-    if "pope" in by_benchmark:
+    parts, by_benchmark = [], dict(list(answers[["setting", "question_id", "answer"]].groupby(answers["benchmark"])))
+    if benchmarks.pope is not None:
         found = pope(by_benchmark["pope"], benchmarks.pope)
         by_setting = {"all": found.items, **found.by_setting}
         parts += [items.assign(benchmark="pope", setting=s) for s, items in by_setting.items()]
-    if "mme" in by_benchmark:
+    if benchmarks.mme is not None:
         parts.append(mme(by_benchmark["mme"], benchmarks.mme).assign(benchmark="mme", setting="all"))
-    if "amber" in by_benchmark:
-        parts.append(_amber_items(written, by_benchmark["amber"], benchmarks.amber))
+    if benchmarks.amber is not None:
+        parts.append(_amber_items(written, by_benchmark.get("amber"), benchmarks.amber))
     return parts
 
 
 def _amber_items(written: pd.DataFrame, answers: pd.DataFrame | None, benchmark: Amber) -> pd.DataFrame:
-    described = written[written["image_id"].isin(benchmark.queries["image_id"])]
-    responses = amber_responses(described[["image_id", "caption"]], answers, benchmark)
+    responses = amber_responses(written[["image_id", "caption"]], answers, benchmark)
     return amber(responses, benchmark).assign(benchmark="amber", setting="all")
 
 
@@ -178,14 +160,12 @@ def truncated(
 
 
 def _caption_items(table: pd.DataFrame, truth: Truth, max_new_tokens: int) -> pd.DataFrame:
-    ended = pd.DataFrame(
-        {"image_id": table["image_id"], "metric": "eos_rate", "num": table["eos"].astype(float), "den": 1.0}
-    )
+    ended = ratio_items(table["image_id"], {"eos_rate": (table["eos"], 1.0)})
     items = pd.concat([chair(table, truth).items, ended], ignore_index=True)
     return items.assign(benchmark="chair", scorer=truth.family, setting=f"max{max_new_tokens},keep")[COLUMNS]
 
 
-def _notes(reasons: Mapping[str, str]) -> pd.DataFrame:
+def _notes(reasons: dict[str, str]) -> pd.DataFrame:
     return pd.DataFrame(list(reasons.items()), columns=["metric", "reason"])
 
 
@@ -197,13 +177,13 @@ def score_rows(
 
     ``found`` of several seeds gives means over them, with intervals that resample seeds and images (those of
     ``frontier_gap`` images alone)."""
-    seeds = dict(found) if isinstance(found, Mapping) else {0: found}
+    seeds = found if isinstance(found, Mapping) else {0: found}
     tables = [one.captions for one in seeds.values()]
     groups = _by_group(seeds)
     chair_group = next(group for group in groups if group[0] == "chair")
-    share = {"metric": "distinct", "value": float(np.mean([distinct(t) for t in tables])), "lo": np.nan, "hi": np.nan}
     rows = [(group, _derived(_summary(by_seed))) for group, by_seed in groups.items()]
-    rows.append((chair_group, pd.DataFrame([{**share, "n": len(tables[0])}])))
+    share = {"metric": "distinct", "value": np.mean([distinct(t) for t in tables]), "n": len(tables[0])}
+    rows.append((chair_group, pd.DataFrame([share])))
     if base is not None:
         theirs = dict(list(base.items.groupby(GROUP)))
         rows += [(g, _difference(by_seed, theirs[g])) for g, by_seed in groups.items() if g in theirs]
@@ -220,11 +200,8 @@ def _by_group(seeds: Mapping[int, Evaluated]) -> dict[tuple, dict[int, pd.DataFr
 
 
 def _summary(by_seed: dict[int, pd.DataFrame]) -> pd.DataFrame:
-    first, *others = by_seed.values()
-    if not others:
-        return summarise(first)
-    shared = _shared([first, *others])
-    return summarise(first)[:0] if shared[0].empty else summarise_seeds(dict(zip(by_seed, shared)))
+    shared = _shared(list(by_seed.values()))
+    return NOTHING if shared[0].empty else summarise_seeds(dict(zip(by_seed, shared)))
 
 
 def _shared(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
@@ -238,8 +215,7 @@ def _shared(tables: list[pd.DataFrame]) -> list[pd.DataFrame]:
 def _derived(summary: pd.DataFrame) -> pd.DataFrame:
     """With perplexity, exp of the mean NLL, where there is one; its interval is the NLL's, seen through exp."""
     nll = summary[summary["metric"] == "nll_grounded"]
-    values = ["value", "lo", "hi"]
-    ppl = nll.assign(metric="ppl_grounded", **{c: np.exp(nll[c].astype(float)) for c in values})
+    ppl = nll.assign(metric="ppl_grounded", **{c: np.exp(nll[c]) for c in ("value", "lo", "hi")})
     return pd.concat([summary, ppl], ignore_index=True)
 
 
@@ -247,24 +223,18 @@ def _difference(by_seed: dict[int, pd.DataFrame], theirs: pd.DataFrame) -> pd.Da
     """Paired by the images that all have (``n``)."""
     other, *own = _shared([theirs, *by_seed.values()])
     if other.empty:
-        return summarise(theirs)[:0]
-    if len(own) == 1:
-        change = paired_difference(*own, other)
-    else:
-        change = paired_difference_seeds(dict(zip(by_seed, own)), dict.fromkeys(by_seed, other))
+        return NOTHING
+    change = paired_difference_seeds(dict(zip(by_seed, own)), dict.fromkeys(by_seed, other))
     return change.assign(metric=change["metric"] + DIFFERENCE)
 
 
 def frontier_rows(base_captions: pd.DataFrame, truth: Truth, max_new_tokens: int, **keys) -> pd.DataFrame:
     """The base model's truncation frontier as rows of ``metrics.csv``, ``setting`` = ``max<budget>,cut<sentences>``."""
-    rows = []
-    for point in frontier(base_captions, truth, truth.family).to_dict("records"):
-        values = [
-            {"metric": m, "value": point[m], "lo": point[f"{m}_lo"], "hi": point[f"{m}_hi"], "n": point["n"]}
-            for m in POINT_METRICS
-            if np.isfinite(point[m])
-        ]
-        rows.append(_rows(("chair", truth.family, f"max{max_new_tokens},cut{point['k']}"), pd.DataFrame(values), keys))
+    points, rows = frontier(base_captions, truth, truth.family), []
+    for k, point in points.set_index("k").iterrows():
+        values = [(m, point[m], point[f"{m}_lo"], point[f"{m}_hi"], point["n"]) for m in POINT_METRICS]
+        summary = pd.DataFrame(values, columns=NOTHING.columns).dropna()
+        rows.append(_rows(("chair", truth.family, f"max{max_new_tokens},cut{k}"), summary, keys))
     return pd.concat(rows, ignore_index=True)
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from ..baselines.registry import MODULES
 from ..core.stats import paired_difference_seeds
 from ..core.tables import DIFFERENCE
+from ..edit.methods import METHODS
 from ..evaluate.scoring import Evaluated
 from ..metrics.frontier import frontier_gap
 from ..metrics.truth import Truth
@@ -17,7 +17,7 @@ MEASURES = ("chair_s", "recall")
 COLUMNS = ["method", "against", "metric", "value", "lo", "hi", "n", "seeds"]
 CONTROLS = ("truncation", "stop-early", "careful-prompt")
 FINE_TUNING = ("sft", "lora-all")  # of all decoder matrices: baselines
-STUDY = tuple(n for n, module in MODULES.items() if module == "edits" and n not in FINE_TUNING)  # edits of this study
+STUDY = tuple(name for name in METHODS if name not in FINE_TUNING)  # edits of this study
 BASE = "base"
 BySeed = Mapping[int, Evaluated]
 

@@ -37,7 +37,7 @@ MAX_SIDE = 192  # pixels of a thumbnail
 @dataclass(frozen=True)
 class ExplorerSettings:
     """``n_images`` images, drawn by ``seed``; ``shown``: the method that is compared with ``base`` at first; both of
-    these have maps. ``block``: side of the square that the maps of effect blank (:class:`PatchSettings`)."""
+    these have maps. ``block``: side of the square that the maps of effect blank (see ``patch_maps``)."""
 
     n_images: int = 120
     shown: str = "alea-mixed"

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..datasets.write import Split
-from ..evaluate.patches import PatchSettings, patch_maps
+from ..evaluate.patches import patch_maps
 from ..metrics.chair import chair
 from ..metrics.truth import Truth
 from ..models.delta import Delta, applied, edited_layers, scaled
@@ -60,7 +60,7 @@ def look(
     with applied(vlm, delta):
         text = vlm.generate(features, vlm.prompt(s.prompt), s.max_new_tokens)[0].text
         table = pd.DataFrame({"image_id": [image_id], "caption": [text]})
-        words = patch_maps(vlm, one, features, table, truth, PatchSettings(block=s.block, prompt=s.prompt))
+        words = patch_maps(vlm, one, features, table, truth, s.block, s.prompt)
     found = chair(table, truth, truth.family).per_caption.iloc[0]
     wrong = len(found["hallucinated"])
     score = {"right": len(found["mentioned"]) - wrong, "wrong": wrong, "missed": len(found["missed"])}

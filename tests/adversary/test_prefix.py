@@ -21,9 +21,9 @@ from alea_lib.adversary.prefix import (  # fmt: skip
     random_prefix,
     save_prefix,
 )
-from alea_lib.evaluate.grounding import attention_share
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.batch import target_mask
+from alea_lib.models.hooks import read_attention
 
 QUESTIONS = [
     "Please describe this image in detail.", "Is there a cup in the image?", "Is the background blue?",
@@ -214,13 +214,18 @@ def test_contrast_goes_beyond_imitation(tiny, seen, told):
 
 @torch.no_grad()
 def test_attention_is_that_of_the_probe(tiny, seen, told):
-    """One item at a time: the probe averages over a caption's tokens, the adversary over all tokens of a batch."""
+    """Of one item: the mean over layers, heads and the answer's tokens of the weights on the image."""
     prefix, settings = random_prefix(tiny, PrefixSettings()), PrefixSettings(nll=0.0, neglect=0.0, attention=2.0)
-    table = pd.DataFrame({"image_id": range(3), "caption": told[:3]})
-    shares = attention_share(tiny, seen[:3], table, prefix=prefix)
     for i in range(3):
+        batch, shares = tiny.encode(seen[i : i + 1], tiny.prompt("plain"), told[i : i + 1]), []
+        image = replace(batch, labels=torch.where(batch.ids == tiny.image_id, batch.ids, -100))
+        on_image = prefix.insert(image, tiny.embed(batch))[2][0] != -100
+        embeds, mask, labels = prefix.insert(batch, tiny.embed(batch))
+        rows = target_mask(labels).nonzero()[:, 1][None]
+        with read_attention(tiny, lambda _, p, s=shares, at=on_image: s.append(p[..., at].sum(-1).mean()), rows):
+            tiny.hidden(embeds, mask, batch)
+        want = torch.stack(shares).mean().item()
         total, terms = loss(tiny, seen[i : i + 1], told[i : i + 1], prefix, settings)
-        want = shares.loc[(shares["image_id"] == i) & (shares["metric"] == "attn_all_mean"), "num"].item()
         assert terms["attention"] == pytest.approx(want, rel=1e-4) and total.item() == pytest.approx(2 * want, rel=1e-4)
 
 

@@ -1,6 +1,7 @@
 """Baselines that change attention while writing: against their definitions, their limits, in batches, and undone."""
 
 import dataclasses
+from contextlib import contextmanager
 from functools import partial
 
 import pandas as pd
@@ -9,7 +10,7 @@ import torch
 from tiny_families import build
 
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
-from alea_lib.baselines.adhh import AdhhSettings, adhh, find_heads
+from alea_lib.baselines.adhh import AdhhSettings, adhh, learn_heads
 from alea_lib.baselines.common import Columns, Stream, without_image
 from alea_lib.baselines.pai import PaiSettings, guided, pai, raised
 from alea_lib.baselines.registry import baseline
@@ -25,22 +26,29 @@ QUESTIONS = [
     "Please describe only what is clearly visible.",
 ]
 HEADS = ((1, 0), (1, 3), (2, 2))
+
+
+def decoding(apply, settings):
+    """As the registry gives it to ``generate``."""
+    return contextmanager(partial(apply, settings))
+
+
 # each so strong that the tiny model's answers change
 STRONG = {
-    "pai": partial(pai, PaiSettings(alpha=1.0, gamma=2.0, first=0)),
-    "spin": partial(spin, SpinSettings(kept=0.5)),
-    "adhh": partial(adhh, AdhhSettings(heads=HEADS, threshold=0.01)),
-    "vhr": partial(vhr, VhrSettings(alpha=4.0)),
+    "pai": decoding(pai, PaiSettings(alpha=1.0, gamma=2.0, first=0)),
+    "spin": decoding(spin, SpinSettings(kept=0.5)),
+    "adhh": decoding(adhh, AdhhSettings(heads=HEADS, threshold=0.01)),
+    "vhr": decoding(vhr, VhrSettings(alpha=4.0)),
 }
 # each without any effect
 LIMITS = {
-    "pai": partial(pai, PaiSettings(alpha=0.0, gamma=1.0)),
-    "pai without guidance, weights rewritten": partial(pai, PaiSettings(alpha=1e-12, gamma=1.0)),
-    "spin, all kept": partial(spin, SpinSettings(kept=1.0)),
-    "spin, scale 1": partial(spin, SpinSettings(kept=0.5, scale=1.0)),
-    "adhh, no heads": partial(adhh, AdhhSettings(heads=())),
-    "adhh, threshold never met": partial(adhh, AdhhSettings(heads=HEADS, threshold=1.1)),
-    "vhr": partial(vhr, VhrSettings(alpha=1.0)),
+    "pai": decoding(pai, PaiSettings(alpha=0.0, gamma=1.0)),
+    "pai without guidance, weights rewritten": decoding(pai, PaiSettings(alpha=1e-12, gamma=1.0)),
+    "spin, all kept": decoding(spin, SpinSettings(kept=1.0)),
+    "spin, scale 1": decoding(spin, SpinSettings(kept=0.5, scale=1.0)),
+    "adhh, no heads": decoding(adhh, AdhhSettings(heads=())),
+    "adhh, threshold never met": decoding(adhh, AdhhSettings(heads=HEADS, threshold=1.1)),
+    "vhr": decoding(vhr, VhrSettings(alpha=1.0)),
 }
 
 
@@ -50,14 +58,14 @@ def left(tiny, seen):
     return tiny.encode(seen[:3], QUESTIONS, side="left")
 
 
-def write(vlm, features, questions, decoding=None, n=10, **options):
-    return [a.text for a in vlm.generate(features, questions, n, decoding=decoding, **options)]
+def write(vlm, features, questions, how=None, n=10, **options):
+    return [a.text for a in vlm.generate(features, questions, n, decoding=how, **options)]
 
 
-def first_logits(vlm, batch, decoding):
+def first_logits(vlm, batch, method):
     """Logits [B,V] of the first new token under a method, its logits processors applied."""
     embeds = vlm.embed(batch)
-    with decoding(vlm, batch, embeds, batch.mask) as how:
+    with method(vlm, batch, embeds, batch.mask) as how:
         scores = vlm.head(vlm.hidden(embeds, batch.mask, batch)[:, -1])
         for process in how.get("logits_processor", []):
             scores = process(batch.ids[:, :0], scores)
@@ -91,7 +99,7 @@ def test_all_is_undone_after_an_exception(tiny, seen, left, name):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        write(tiny, seen[:3], QUESTIONS, STRONG[name] if name != "pai" else partial(pai, PaiSettings(gamma=1.0)),
+        write(tiny, seen[:3], QUESTIONS, STRONG[name] if name != "pai" else decoding(pai, PaiSettings(gamma=1.0)),
               stopping_criteria=[fails])  # fmt: skip
     assert tiny.model.config.get_text_config()._attn_implementation == "sdpa"
     assert write(tiny, seen[:3], QUESTIONS) == plain  # hooks: the fixture of conftest looks
@@ -155,7 +163,7 @@ def test_raised_logits_by_hand():
 
 def test_guidance_by_hand():
     p, blind = torch.tensor([[0.6, 0.36, 0.04]]), torch.tensor([[0.3, 0.6, 0.1]])
-    got = guided(p.log() + 7, blind.log(), 2.0, 0.1)[0]
+    got = guided(p.log() + 7, blind.log(), 2.0)[0]
     assert got[:2].exp().tolist() == pytest.approx([0.6**2 / 0.3, 0.36**2 / 0.6], rel=1e-5)
     assert got[2] == -torch.inf  # below a tenth of 0.6
 
@@ -176,7 +184,7 @@ def test_pai_in_one_layer_by_hand(tiny, left):
     torch.testing.assert_close(scores.softmax(-1), plain[3][:, :, 0], atol=1e-5, rtol=1e-4)
     weights = torch.where(image[:, None], scores + 0.5 * scores.abs(), scores).softmax(-1)
     want = torch.einsum("bhk,bkhd->bhd", weights, values["v"].unflatten(-1, (4, 16)))
-    with pai(PaiSettings(first=24, gamma=1.0), tiny, left, tiny.embed(left), left.mask), read_heads(
+    with contextmanager(pai)(PaiSettings(first=24, gamma=1.0), tiny, left, tiny.embed(left), left.mask), read_heads(
         tiny, heads.__setitem__, [3]
     ):  # fmt: skip
         tiny.hidden(tiny.embed(left), left.mask, left)
@@ -201,14 +209,12 @@ def test_guidance_of_the_first_token(tiny, left):
     """With attention as it is, scores are those of the two prompts, put together by the formula."""
     own = tiny.head(tiny.hidden(tiny.embed(left), left.mask, left)[:, -1])
     blind = Stream(tiny, *without_image(tiny, left, tiny.embed(left), left.mask))(left.ids[:, :0])
-    got = first_logits(tiny, left, partial(pai, PaiSettings(alpha=0.0, gamma=1.5)))
-    torch.testing.assert_close(got, guided(own, blind, 1.5, 0.1), atol=1e-4, rtol=1e-4)
+    got = first_logits(tiny, left, decoding(pai, PaiSettings(alpha=0.0, gamma=1.5)))
+    torch.testing.assert_close(got, guided(own, blind, 1.5), atol=1e-4, rtol=1e-4)
     # the stream without image is read with its attention as it is
-    both = first_logits(tiny, left, partial(pai, PaiSettings(alpha=1.0, gamma=1.5, first=0)))
-    alone = first_logits(tiny, left, partial(pai, PaiSettings(alpha=1.0, gamma=1.0, first=0)))
-    torch.testing.assert_close(both, guided(alone, blind, 1.5, 0.1), atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="beta"):
-        first_logits(tiny, left, partial(pai, PaiSettings(beta=2.0)))
+    both = first_logits(tiny, left, decoding(pai, PaiSettings(alpha=1.0, gamma=1.5, first=0)))
+    alone = first_logits(tiny, left, decoding(pai, PaiSettings(alpha=1.0, gamma=1.0, first=0)))
+    torch.testing.assert_close(both, guided(alone, blind, 1.5), atol=1e-4, rtol=1e-4)
 
 
 # ---- SPIN
@@ -232,7 +238,7 @@ def test_spin_scales_the_newest_positions_heads(tiny, left):
     with read_heads(tiny, plain.__setitem__, [0]), read_attention(tiny, seen_by.__setitem__, last):
         tiny.hidden(tiny.embed(left), left.mask, left)
     s = SpinSettings(kept=0.5, scale=0.25, ranked_by="attention")
-    with spin(s, tiny, left, tiny.embed(left), left.mask), read_heads(tiny, heads.__setitem__, [0]):
+    with contextmanager(spin)(s, tiny, left, tiny.embed(left), left.mask), read_heads(tiny, heads.__setitem__, [0]):
         tiny.hidden(tiny.embed(left), left.mask, left)
     share = (seen_by[0][:, :, 0] * image[:, None]).sum(-1)
     factor = torch.where(share >= share.sort(dim=1).values[:, 2:3], 1.0, 0.25)
@@ -257,7 +263,7 @@ def test_adhh_by_hand(tiny, left, off):
     attention = shares[1][:, 2, 0]
     on_text = (attention * text).sum(-1)
     s = AdhhSettings(heads=((1, 2),), threshold=on_text.median().item(), off=off)
-    with adhh(s, tiny, left, tiny.embed(left), left.mask), read_heads(tiny, heads.__setitem__, [1]):
+    with contextmanager(adhh)(s, tiny, left, tiny.embed(left), left.mask), read_heads(tiny, heads.__setitem__, [1]):
         tiny.hidden(tiny.embed(left), left.mask, left)
     met, own = on_text >= s.threshold, plain[1][:, -1]
     assert met.tolist().count(True) == 2
@@ -274,9 +280,7 @@ def test_heads_are_those_of_zero_ablation(tiny, seen, told):
     pairs = pd.DataFrame({"positive": told, "negative": told[1:] + told[:1], "wrong": wrong})
     table = locate_heads(tiny, seen, pairs, ["zero-ablation"], LocateSettings(grounded="negative")).scores
     mean = table.groupby(["layer", "head"])["score"].mean().sort_values(ascending=False)
-    assert find_heads(tiny, seen, pairs) == (mean.index[0],)
-    three = AdhhSettings(top=192)
-    assert find_heads(tiny, seen, pairs, three) == tuple(sorted(mean.index[:3]))
+    assert learn_heads(tiny, seen, pairs, AdhhSettings()).heads == (mean.index[0],)
     row = baseline("adhh", top=192).fitted(tiny, seen, pairs)
     assert row.settings.heads == tuple(sorted(mean.index[:3]))
     assert baseline("adhh", heads=HEADS).fitted(tiny, seen, pairs).settings.heads == HEADS
@@ -284,7 +288,7 @@ def test_heads_are_those_of_zero_ablation(tiny, seen, told):
 
 def test_adhh_refuses(tiny, left):
     for s, why in ((AdhhSettings(heads=((0, 4),)), "out of range"), (AdhhSettings(off="layer"), "one of")):
-        with pytest.raises(ValueError, match=why), adhh(s, tiny, left, tiny.embed(left), left.mask):
+        with pytest.raises(ValueError, match=why), contextmanager(adhh)(s, tiny, left, tiny.embed(left), left.mask):
             pass
 
 
@@ -295,10 +299,9 @@ def test_vision_aware_heads_by_hand():
     """Divergences 1, 3, 2, 5; without the image the last head's output is far the longest: it is out."""
     blind = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [9.0, 0.0]]])
     seeing = blind - torch.tensor([[[1.0, 0.0], [0.0, 3.0], [0.0, 2.0], [0.0, 5.0]]])
-    assert vision_aware(seeing, blind, VhrSettings())[0].tolist() == [False, True, True, False]
-    assert vision_aware(seeing, blind, VhrSettings(outlier=9.0))[0].tolist() == [False, True, False, True]
-    assert vision_aware(seeing, blind, VhrSettings(share=0.01))[0].tolist() == [False, True, False, False]
-    assert not vision_aware(blind, blind, VhrSettings()).any()
+    assert vision_aware(seeing, blind, 0.5)[0].tolist() == [False, True, True, False]
+    assert vision_aware(seeing, blind, 0.01)[0].tolist() == [False, True, False, False]
+    assert not vision_aware(blind, blind, 0.5).any()
 
 
 def test_heads_are_turned_up_at_the_last_position():
@@ -322,5 +325,5 @@ def test_heads_are_judged_layer_by_layer(tiny, left):
             tiny.hidden(embeds, left.mask, left)
         with read_heads(tiny, blind.__setitem__, [layer]):
             tiny.hidden(embeds, left.mask * ~image, left)
-        found[layer] = vision_aware(seeing[layer][:, -1], blind[layer][:, -1], s)
+        found[layer] = vision_aware(seeing[layer][:, -1], blind[layer][:, -1], s.share)
         assert torch.equal(got[layer], found[layer]) and got[layer].sum() == 6

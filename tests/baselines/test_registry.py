@@ -1,7 +1,5 @@
-"""The registry of the baselines, and those that need no second look at the image."""
+"""The registry of the baselines, and those that need no second pass over the image."""
 
-import importlib
-import pkgutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from alea_lib import baselines
 from alea_lib.adversary.prefix import PrefixSettings, random_prefix
 from alea_lib.baselines import registry
 from alea_lib.baselines.registry import Baseline, Views, baseline, baseline_table, register
+from alea_lib.core.tables import METHOD_NAMES
 from alea_lib.evaluate.answers import captions
 
 QUESTION = "Please describe this image in detail."
@@ -84,38 +83,11 @@ def test_a_registered_baseline_is_found_with_its_changes(monkeypatch):
     assert "mine" in set(baseline_table()["method"])
 
 
-def test_the_list_of_modules_is_what_the_files_register(monkeypatch):
-    """All files of the folder are imported, those that the list lacks too."""
-    monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
-    before = set(baseline_table()["method"])
-    for module in pkgutil.iter_modules(baselines.__path__):
-        importlib.import_module(f"alea_lib.baselines.{module.name}")
-    assert set(registry.ROWS) == before == set(registry.MODULES)
-    for name, module in registry.MODULES.items():
-        assert registry.ROWS[name].apply.__module__ == f"alea_lib.baselines.{module}"
-
-
-def test_only_the_file_of_the_baseline_that_is_asked_for_is_imported():
-    """In an interpreter of its own: a name of the folder is taken before its file was imported, too."""
-    code = """
-import sys
-from alea_lib import baseline
-from alea_lib.baselines.registry import Baseline, register
-assert baseline("vcd").name == "vcd"
-assert "alea_lib.baselines.opera" not in sys.modules and "alea_lib.baselines.plain" not in sys.modules
-try:
-    register(Baseline("beam", "decoding", print, baseline("vcd").settings))
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "there is a baseline 'beam' already\n"), done.stderr
-
-
-def test_a_file_and_a_line_make_a_baseline(tmp_path, monkeypatch):
+def test_a_file_makes_a_baseline(tmp_path, monkeypatch):
+    """Where the folder's files are looked for, and in an interpreter of its own: all are found by their names."""
     source = """
 from dataclasses import dataclass
-from .registry import Baseline, register
+from alea_lib.baselines.registry import Baseline, register
 
 @dataclass(frozen=True)
 class NoSettings:
@@ -125,16 +97,29 @@ register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSetti
 """
     (tmp_path / "of_a_file.py").write_text(source, encoding="utf-8")
     monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
-    monkeypatch.setattr(rivals, "__path__", [*baselines.__path__, str(tmp_path)])
     with pytest.raises(KeyError, match="unknown baseline 'of-a-file'"):
         baseline("of-a-file")
-    monkeypatch.setitem(registry.MODULES, "of-a-file", "of_a_file")
+    monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
+    monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
     try:
         assert baseline("of-a-file", word="bus").prompt == "bus"
         assert "of-a-file" in set(baseline_table()["method"])
     finally:
         sys.modules.pop("alea_lib.baselines.of_a_file", None)
-        vars(rivals).pop("of_a_file", None)
+        vars(baselines).pop("of_a_file", None)
+
+
+def test_all_files_of_the_folder_are_found():
+    code = """
+from alea_lib.baselines import baseline
+print(baseline("vcd").name)
+try:
+    baseline("vdc")
+except KeyError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("vcd\n") and all(f"'{n}'" in done.stdout for n in METHOD_NAMES if n != "base")
 
 
 @pytest.mark.parametrize("method", baseline_table()["method"])

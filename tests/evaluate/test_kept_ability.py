@@ -6,8 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from alea_lib.adversary.prefix import PrefixSettings, random_prefix
-from alea_lib.evaluate.answers import captions, pope_answers
+from alea_lib.evaluate.answers import captions, yes_no_answers
 from alea_lib.evaluate.grounding import ATTENTION, attention_share
 from alea_lib.evaluate.kept_ability import ability
 from alea_lib.metrics.pope import pope, read_pope
@@ -16,16 +15,12 @@ from alea_lib.models.delta import delta_of
 from alea_lib.models.hooks import full_weight
 
 
-def eager(tiny, features, question, answer, prefix=None):
+def eager(tiny, features, question, answer):
     """The three shares of one item from the eager kernel's full attention matrices."""
     batch = tiny.encode(features, question, [answer])
     image = batch.ids[0] == tiny.model.config.image_token_id
     embeds, start = tiny.embed(batch), batch.answer.item()
     n = batch.ids.shape[1] - start
-    if prefix is not None:
-        embeds = torch.cat([embeds[:, :start], prefix.rows[None], embeds[:, start:]], 1)
-        image = torch.cat([image[:start], torch.zeros(len(prefix.rows), dtype=torch.bool), image[start:]])
-        start += len(prefix.rows)
     tiny.model.set_attn_implementation({"text_config": "eager"})
     try:
         with torch.no_grad():
@@ -42,15 +37,13 @@ def eager(tiny, features, question, answer, prefix=None):
     }
 
 
-@pytest.mark.parametrize("with_prefix", [False, True])
-def test_shares_by_hand(tiny, seen, told, with_prefix):
-    prefix = random_prefix(tiny, PrefixSettings(length=3)) if with_prefix else None
+def test_shares_by_hand(tiny, seen, told):
     table = pd.DataFrame({"image_id": range(6), "caption": told})
-    found = attention_share(tiny, seen, table, "careful", prefix, batch_size=4)
+    found = attention_share(tiny, seen, table, "careful", batch_size=4)
     assert len(found) == 18 and (found["den"] == 1).all() and set(found["metric"]) == set(ATTENTION)
     wide = found.pivot(index="image_id", columns="metric", values="num")
     for i in (0, 1, 4):
-        want = eager(tiny, seen[i : i + 1], tiny.prompt("careful"), told[i], prefix)
+        want = eager(tiny, seen[i : i + 1], tiny.prompt("careful"), told[i])
         assert wide.loc[i].to_dict() == pytest.approx(want, abs=1e-5)
     assert ((found["num"] > 0) & (found["num"] < 1)).all()
 
@@ -116,7 +109,7 @@ def test_equal_questions_are_asked_once_and_keep_their_ids(tiny, tiny_world, que
     features = tiny.features(split.files)
     counting = Counting(tiny)
     shuffled = questions.sample(frac=1, random_state=0)
-    answers = pope_answers(counting, split, features, shuffled)
+    answers = yes_no_answers(counting, split, features, shuffled)
     assert len(counting.asked) == len(questions.drop_duplicates(["image", "text"])) < len(questions)
     assert sorted(answers["question_id"]) == sorted(questions["question_id"])
     row = {f.name: i for i, f in enumerate(split.files)}
@@ -129,11 +122,11 @@ def test_equal_questions_are_asked_once_and_keep_their_ids(tiny, tiny_world, que
 
 def test_answers_can_be_scored_by_setting(tiny, tiny_world, questions):
     split = tiny_world.split("test")
-    answers = pope_answers(tiny, split, tiny.features(split.files), questions)
+    answers = yes_no_answers(tiny, split, tiny.features(split.files), questions)
     found = pope(answers, questions)
     assert sorted(found.by_setting) == ["adversarial", "popular", "random"]
 
 
 def test_images_that_the_split_lacks(tiny, tiny_world, seen, questions):
-    with pytest.raises(ValueError, match="POPE asks about images that split 'activate' lacks.*scenes_test"):
-        pope_answers(tiny, tiny_world.split("activate"), seen, questions)
+    with pytest.raises(ValueError, match="questions are about images that split 'activate' lacks.*scenes_test"):
+        yes_no_answers(tiny, tiny_world.split("activate"), seen, questions)

@@ -15,7 +15,7 @@ from explorer_data import SETTINGS, captions, write
 from alea_lib.core.files import DataError
 from alea_lib.core.paths import root
 from alea_lib.datasets.scenes import companions
-from alea_lib.evaluate.patches import PatchSettings, patch_maps, windows
+from alea_lib.evaluate.patches import patch_maps, windows
 from alea_lib.metrics.truth import read_truth
 from alea_lib.report.explorer import GROUPS, ExplorerSettings, called_for, choose_images, groups_of, publish
 
@@ -143,7 +143,7 @@ def test_squares_around_a_patch_are_cut_at_the_edge():
     with pytest.raises(DataError, match="no square"):
         windows(15, 3)
     with pytest.raises(ValueError, match="odd"):
-        PatchSettings(block=2)
+        windows(16, 2)
 
 
 def test_a_word_that_hangs_on_one_patch(tiny_world):
@@ -151,7 +151,7 @@ def test_a_word_that_hangs_on_one_patch(tiny_world):
     handmade.head_writes(vlm, 1, 2, handmade.FIRST, handmade.RIGHT, 50.0)
     truth = read_truth(split.instances, split.captions)
     table = pd.DataFrame({"image_id": split.ids, "caption": [handmade.POSITIVE.strip()]})
-    found = patch_maps(vlm, split, handmade.picture(), table, truth, PatchSettings(block=3)).iloc[0]
+    found = patch_maps(vlm, split, handmade.picture(), table, truth, 3).iloc[0]
     effect = np.array(found["effect"])
     assert np.flatnonzero(np.abs(effect) > 1e-4).tolist() == [0, 1, 6, 7], "the squares that hold the first patch"
     assert (effect[[0, 1, 6, 7]] > 0.01).all()
@@ -163,7 +163,7 @@ def test_a_word_that_hangs_on_one_patch(tiny_world):
 
 def test_maps_by_hand(tiny, seen, told_words, tiny_world):
     split, table, truth, at = told_words
-    found = patch_maps(tiny, split, seen[:1], table, truth, PatchSettings(block=1, batch_size=5))
+    found = patch_maps(tiny, split, seen[:1], table, truth, 1, batch_size=5)
     assert found["category"].tolist() == ["knife", "spoon", "bowl"]
     grey = tiny.features([np.full((96, 96, 3), 128, np.uint8)])
     for patch in (0, 20, 35):
