@@ -149,25 +149,3 @@ def _patch(change: torch.Tensor, source: Path, target: Path, key: str) -> dict:
         "changed": (new != own).float().mean().item(),
         "survived": ((written * change).sum() / change.square().sum().clamp(min=1e-30)).item(),
     }
-
-
-def write_edit_card(folder: Path, delta: Delta, scores: pd.DataFrame | None = None, run_id: str = "") -> Path:
-    """README.md of a handed-over edit, from the delta and the rows of ``metrics.csv`` that measured it."""
-    info = delta.info
-    lines = ["---", f"base_model: {info['model']}", "tags: [alea, model-editing, hallucination]", "---", ""]
-    lines += [f"# An edit of {info['model']}", ""]
-    lines += ["Weights of the modules below were changed so that captions name fewer"]
-    lines += ["absent objects; shapes, types and the cost of inference are those of the base.", ""]
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {key} | `{info[key]}` |" for key in ("revision", "config") if info.get(key)]
-    lines += [f"| run | `{run_id}` |"] if run_id else []
-    lines += [f"| {k} | {v} |" for k, v in info.get("edit", {}).items()]
-    lines += ["", "| module | norm of the change | base weight (sha256) |", "|---|---|---|"]
-    lines += [f"| `{n}` | {w.norm().item():.4g} | `{delta.base[n]}` |" for n, w in sorted(delta.weights.items())]
-    if scores is not None and len(scores):
-        lines += ["", "## Measured", "", "| benchmark | metric | value | 95 % interval | n |", "|---|---|---|---|---|"]
-        rows = scores[["benchmark", "metric", "value", "lo", "hi", "n"]].itertuples(index=False)
-        lines += [f"| {b} | {m} | {v:.3f} | {lo:.3f} to {hi:.3f} | {int(n)} |" for b, m, v, lo, hi, n in rows]
-    path = folder / "README.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path

@@ -40,7 +40,6 @@ class EditMethod:
     preset: str
     place: str = "located"
     adversary: str = "contrast"
-    changes: tuple[tuple[str, object], ...] = ()  # of the preset: what the profile's values must not overwrite
 
 
 METHODS = {
@@ -50,8 +49,8 @@ METHODS = {
     "alea-corrected": EditMethod("alea-corrected"),
     "alea-mixed": EditMethod("alea-mixed"),
     "sft": EditMethod("sft", "all-layers", ""),
-    "lora": EditMethod("lora", changes=(("prefix_share", 0.0),), adversary=""),
-    "heads": EditMethod("heads", "heads", "", (("prefix_share", 0.0),)),
+    "lora": EditMethod("lora", adversary=""),
+    "heads": EditMethod("heads", "heads", ""),
     "random-layers": EditMethod("no-prefix", "random-layers", ""),
     "last-layer": EditMethod("no-prefix", "last-layer", ""),
     "all-layers": EditMethod("no-prefix", "all-layers", ""),
@@ -87,7 +86,7 @@ class EditRequest:
         that are missing or values out of range."""
         method = edit_method(self.method)
         changes = {k: v for k, v in self.changes.items() if k not in KEPT.get(method.preset, ())}
-        changes |= {"seed": self.seed, **dict(method.changes)}
+        changes |= {"seed": self.seed}
         if method.place == "heads":
             if not self.heads:
                 raise ValueError("the edit `heads` needs heads, (layer, head): give some, or those of located_heads")
