@@ -26,26 +26,22 @@ def prefix_evidence(
     features: torch.Tensor,
     pairs: pd.DataFrame,
     prefixes: dict[str, Prefix | None],
-    prompt: str = "plain",
-    truth: Truth | None = None,
-    max_new_tokens: int = 64,
+    prompt: str,
+    truth: Truth,
+    max_new_tokens: int,
     batch_size: int = 50,
 ) -> pd.DataFrame:
     """What prefixes do on pairs; None is no prefix, for comparison.
 
     Rows: the names of ``prefixes``. Columns: NLL of both answers in nats a token; image_effect, KL(seeing || blind) at
-    the tokens of the positive; with ``truth`` also chair_s, chair_i, recall and words of what the model then writes
-    (_lo and _hi of the first and the third, 95 % over images; NaN where undefined); n pairs. ``prompt``: the role of
-    the prompt that all these answer. Empty when there are no pairs.
+    the tokens of the positive; chair_s, chair_i, recall and words of what the model then writes (_lo and _hi of the
+    first and the third, 95 % over images; NaN where undefined); n pairs. ``prompt``: the role of the prompt that all
+    these answer.
     """
     rows = []
-    for name, each in prefixes.items():
-        row = {"prefix": name}
-        if len(pairs):
-            row |= _read(vlm, features, pairs, each, prompt, batch_size)
-        if len(pairs) and truth is not None:
-            row |= _written(vlm, features, pairs, each, prompt, truth, max_new_tokens)
-        rows.append({**row, "n": len(pairs)} if len(pairs) else row)
+    for name, prefix in prefixes.items():
+        row = {"prefix": name, **_read(vlm, features, pairs, prefix, prompt, batch_size)}
+        rows.append({**row, **_written(vlm, features, pairs, prefix, prompt, truth, max_new_tokens), "n": len(pairs)})
     return pd.DataFrame(rows).set_index("prefix")
 
 

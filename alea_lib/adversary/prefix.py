@@ -63,7 +63,6 @@ class PrefixSettings:
     contrast: float = 0.0  # weight of softplus(margin - log p(negative) + log p(positive)): beyond imitation
     margin: float = 10.0  # nats an answer
     neglect: float = 0.5  # weight of KL(no-image output || output under the prefix)
-    attention: float = 0.0  # weight of the share of attention on the image
     norm: float = 2.0  # largest norm of a row: the adversary's budget; 0 sets no limit
     steps: int = 100
     batch: int = 24
@@ -74,18 +73,10 @@ class PrefixSettings:
 
 # Each is only what differs. "imitation" makes the hallucinated answer as likely as speculation does; "contrast" goes
 # beyond: it parts the hallucinated from the grounded answer. "official": `index` comes from official_index.
-ADVERSARIES = {
+ADVERSARIES: dict[str, dict] = {
     "imitation": {},
     "contrast": {"contrast": 0.5, "margin": 20.0, "batch": 16},
-    "official": {
-        "place": "index",
-        "init": "normal",
-        "neglect": 0.0,
-        "norm": 0.0,
-        "reset": False,
-        "lr": 1e-3,
-        "batch": 4,
-    },
+    "official": dict(place="index", init="normal", neglect=0.0, norm=0.0, reset=False, lr=1e-3, batch=4),
 }
 
 

@@ -21,7 +21,6 @@ from alea_lib.adversary.prefix import (  # fmt: skip
     random_prefix,
     save_prefix,
 )
-from alea_lib.evaluate.grounding import attention_share
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.batch import target_mask
 
@@ -212,24 +211,6 @@ def test_contrast_goes_beyond_imitation(tiny, seen, told):
     assert margins[1] < margins[0] - 0.5
 
 
-@torch.no_grad()
-def test_attention_is_that_of_the_probe(tiny, seen, told):
-    """One item at a time: the probe averages over a caption's tokens, the adversary over all tokens of a batch."""
-    prefix, settings = random_prefix(tiny, PrefixSettings()), PrefixSettings(nll=0.0, neglect=0.0, attention=2.0)
-    table = pd.DataFrame({"image_id": range(3), "caption": told[:3]})
-    shares = attention_share(tiny, seen[:3], table, prefix=prefix)
-    for i in range(3):
-        total, terms = loss(tiny, seen[i : i + 1], told[i : i + 1], prefix, settings)
-        want = shares.loc[(shares["image_id"] == i) & (shares["metric"] == "attn_all_mean"), "num"].item()
-        assert terms["attention"] == pytest.approx(want, rel=1e-4) and total.item() == pytest.approx(2 * want, rel=1e-4)
-
-
-def test_the_attention_objective_takes_attention_off_the_image(tiny, seen, told):
-    settings = PrefixSettings(steps=20, batch=6, lr=0.05, nll=0.0, neglect=0.0, attention=1.0)
-    _, curve = fit_prefix(tiny, seen, told, settings)
-    assert curve["attention"].iloc[-1] < 0.95 * curve["attention"].iloc[0]
-
-
 @pytest.mark.parametrize("room", [0, 2**29])
 def test_what_stands_before_the_prefix_is_read_without_gradient(tiny, seen, told, room, monkeypatch):
     """Logits and the prefix's gradient equal those of a whole pass, whether or not keys and values are kept."""
@@ -367,10 +348,17 @@ def test_neglect_is_kl_from_the_blind_to_the_attacked(tiny, seen, told):
 # ---- evidence and files
 
 
-def test_evidence_by_hand(tiny, seen, told, tuned):
-    pairs = pd.DataFrame({"negative": told, "positive": told[::-1]})
+@pytest.fixture(scope="module")
+def judged(tiny_world, told):
+    """Pairs with their images' truth."""
+    split = tiny_world.split("activate")
+    pairs = pd.DataFrame({"image_id": split.ids, "negative": told, "positive": told[::-1]})
+    return pairs, read_truth(split.instances, split.captions)
+
+
+def test_evidence_by_hand(tiny, seen, told, tuned, judged):
     prefixes = {"none": None, "random": random_like(tiny, tuned[0], PrefixSettings()), "tuned": tuned[0]}
-    table = prefix_evidence(tiny, seen, pairs, prefixes, batch_size=4)
+    table = prefix_evidence(tiny, seen, judged[0], prefixes, "plain", judged[1], 4, batch_size=4)
     assert table.index.tolist() == ["none", "random", "tuned"] and (table["n"] == 6).all()
     with torch.no_grad():
         batch = tiny.encode(seen, tiny.prompt("plain"), told)
@@ -386,10 +374,8 @@ def test_evidence_by_hand(tiny, seen, told, tuned):
     assert table.loc["random", "nll_positive"] != table.loc["none", "nll_positive"]
 
 
-def test_evidence_of_what_is_written(tiny, tiny_world, seen, told, tuned):
-    split = tiny_world.split("activate")
-    pairs = pd.DataFrame({"image_id": split.ids, "negative": told, "positive": told[::-1]})
-    truth = read_truth(split.instances, split.captions)
+def test_evidence_of_what_is_written(tiny, seen, tuned, judged):
+    pairs, truth = judged
     table = prefix_evidence(tiny, seen, pairs, {"none": None, "tuned": tuned[0]}, "careful", truth, max_new_tokens=8)
     under = tiny.generate(seen, tiny.prompt("careful"), 8, prefix=tuned[0])
     assert table.loc["tuned", "words"] == pytest.approx(np.mean([len(a.text.split()) for a in under]), abs=0.5)
@@ -398,16 +384,14 @@ def test_evidence_of_what_is_written(tiny, tiny_world, seen, told, tuned):
         assert (table[f"{name}_lo"] <= table[name]).all() and (table[name] <= table[f"{name}_hi"]).all()
 
 
-def test_evidence_of_captions_that_name_nothing(tiny, tiny_world, seen, told, tuned, monkeypatch):
-    split = tiny_world.split("activate")
-    pairs = pd.DataFrame({"image_id": split.ids, "negative": told, "positive": told[::-1]})
-    truth, write = read_truth(split.instances, split.captions), tiny.generate
+def test_evidence_of_captions_that_name_nothing(tiny, seen, tuned, judged, monkeypatch):
+    (pairs, truth), write = judged, tiny.generate
 
     def lost(*given, **how):
         return [replace(a, text="blue blue") for a in write(*given, **how)]
 
     monkeypatch.setattr(tiny, "generate", lost)
-    row = prefix_evidence(tiny, seen, pairs, {"tuned": tuned[0]}, truth=truth, max_new_tokens=4).loc["tuned"]
+    row = prefix_evidence(tiny, seen, pairs, {"tuned": tuned[0]}, "plain", truth, max_new_tokens=4).loc["tuned"]
     assert (row["chair_s"], row["recall"], row["words"]) == (0, 0, 2) and np.isnan(row["chair_i"])
 
 
@@ -416,12 +400,6 @@ def test_the_control_has_the_norms_and_the_place_of_the_tuned(tiny, tuned):
     control = random_like(tiny, moved, PrefixSettings(length=9, init="normal"))
     torch.testing.assert_close(control.rows.norm(dim=1), moved.rows.norm(dim=1))
     assert control.place == "question" and not torch.allclose(control.rows, moved.rows, atol=1e-3)
-
-
-def test_evidence_without_pairs_is_empty(tiny, seen, tuned):
-    empty = pd.DataFrame({"negative": [], "positive": []})
-    table = prefix_evidence(tiny, seen[:0], empty, {"none": None, "tuned": tuned[0]})
-    assert table.index.tolist() == ["none", "tuned"] and table.columns.empty
 
 
 def test_random_prefix_has_the_scale_of_the_embeddings(tiny):
