@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -82,7 +81,7 @@ def export_checkpoint(delta: Delta, source: Path, target: Path) -> pd.DataFrame:
                     f"{key} in {source} is not the weight that this delta was computed on "
                     f"({delta.info.get('model')}); export over that model, loaded in its own precision"
                 )
-    _copy(source, target)
+    shutil.copytree(source, target, dirs_exist_ok=True)
     rows = [_patch(delta.weights[n], source / where[key], target / where[key], key) for n, key in names.items()]
     table = pd.DataFrame(rows)
     write_csv(table, target / "edited.csv")
@@ -115,17 +114,6 @@ def stored_name(name: str, stored: list[str]) -> str:
     if len(found) != 1 or best[0] < 3:
         raise WrongBase(f"the checkpoint has no tensor that answers to {name}; nearest: {sorted(found)[:3]}")
     return found[0]
-
-
-def _copy(source: Path, target: Path) -> None:
-    files = [f for f in sorted(source.iterdir()) if f.is_file()]
-    need = sum(f.stat().st_size for f in files)
-    target.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target).free) < need:
-        message = f"no room on the disk: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} free"
-        raise OSError(errno.ENOSPC, message, str(target))
-    for f in files:
-        shutil.copyfile(f, target / f.name)
 
 
 def _patch(change: torch.Tensor, source: Path, target: Path, key: str) -> dict:

@@ -28,6 +28,8 @@ from ..models.delta import Delta, applied, load_delta, save_delta
 from ..models.hooks import counted
 from ..models.vlm import VLM
 
+TOLERANCE = 0.03
+
 
 @dataclass(frozen=True)
 class EvaluationSplit:
@@ -49,6 +51,10 @@ class EvaluationSplit:
     def base(self) -> pd.DataFrame:
         """Captions of the base model, plain prompt, greedy."""
         return captions(self.vlm, self.split, self.features, max_new_tokens=self.max_new_tokens)
+
+    def with_views(self, baseline: Baseline) -> Baseline:
+        """The baseline with what it reads of these images besides their features."""
+        return baseline.with_views(self.vlm, self.split.files, self.features)
 
 
 def rows_of_seed(whole, n: int, seed: int):
@@ -82,14 +88,11 @@ class EvaluationSetup:
             fitted = baseline.fitted(self.vlm, self.pair_features, self.pairs)
         return fitted, {"forwards": count.forwards, "backwards": count.backwards}
 
-    def with_views(self, baseline: Baseline, images: EvaluationSplit) -> Baseline:
-        return baseline.with_views(self.vlm, images.split.files, images.features)
-
     def captions(self, fitted: Baseline, images: EvaluationSplit) -> pd.DataFrame:
         """What a fitted baseline writes about these images."""
         if fitted.kind == "after":
             return fitted.apply(fitted.settings, images.base)
-        ready = self.with_views(fitted, images)
+        ready = images.with_views(fitted)
         with applied(self.vlm, ready.delta):
             return captions(
                 self.vlm, images.split, images.features, ready.prompt, images.max_new_tokens, decoding=ready.decoding
@@ -105,7 +108,7 @@ class EvaluationSetup:
         if fitted is not None:
             if fitted.delta and edit:
                 raise ValueError(f"{fitted.name} is an edit of the weights itself: it cannot stand on another one")
-            ready = self.with_views(fitted, test)
+            ready = test.with_views(fitted)
             delta = ready.delta or edit
             options = {"prompt": ready.prompt, "decoding": ready.decoding}
         return evaluate(
@@ -127,20 +130,18 @@ def tune(setup: EvaluationSetup, baseline: Baseline) -> tuple[Baseline, pd.DataF
         written = setup.captions(fitted, setup.validate)
         scores = _caption_scores(written, setup.validate.truth)
         gap = frontier_gap(setup.validate.base, written, setup.validate.truth, n_resamples=2)  # without its interval
-        rows.append(
-            {"rival": baseline.name, "settings": json.dumps(changes, sort_keys=True), **scores}
-            | {"frontier_gap": gap["value"], "n": len(written)}
-        )
+        row = {"rival": baseline.name, "settings": json.dumps(changes, sort_keys=True), **scores}
+        rows.append({**row, "frontier_gap": gap["value"], "n": len(written)})
     record = pd.DataFrame(rows)
     best = choose(record, _caption_scores(setup.validate.base, setup.validate.truth)["recall"])
     record["chosen"] = [i == best for i in range(len(record))]
     return tried[best][0], record, tried[best][1]
 
 
-def choose(record: pd.DataFrame, base_recall: float, tolerance: float = 0.03) -> int:
-    """Which row: the best ``frontier_gap`` among those whose recall is at most ``tolerance`` under the base model's; if
+def choose(record: pd.DataFrame, base_recall: float) -> int:
+    """Which row: the best ``frontier_gap`` among those whose recall is at most ``TOLERANCE`` under the base model's; if
     there is none, the highest recall. The first of equals."""
-    near = record[record["recall"] >= base_recall - tolerance - 1e-9]
+    near = record[record["recall"] >= base_recall - TOLERANCE - 1e-9]
     return int(near["frontier_gap"].idxmax() if len(near) else record["recall"].idxmax())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import pandas as pd
@@ -30,7 +30,7 @@ def edit_benefit(
     places: list[tuple[int, ...]],
     split: Split,
     truth: Truth,
-    max_new_tokens: int = 64,
+    max_new_tokens: int,
     **changes,
 ) -> pd.DataFrame:
     """Edit each set of layers alone, all with the same plain supervised edit, and caption the split.
@@ -38,44 +38,46 @@ def edit_benefit(
     ``features`` [N,P,D] and ``positives`` [N]: the pairs' images and grounded answers; ``changes``: of the preset
     ``no-prefix``. Returns place, metric, value, lo, hi, n: edited minus unedited model, paired by image.
     """
-    deltas = {}
+    changed = {}
     for layers in places:
         settings = preset("no-prefix", layers=layers, **changes)
-        deltas["+".join(map(str, layers))] = fit_edit(vlm, features, positives, None, settings)[0]
-    return _differences(vlm, deltas, lambda d: applied(vlm, d), split, truth, max_new_tokens)
+        changed["+".join(map(str, layers))] = applied(vlm, fit_edit(vlm, features, positives, None, settings)[0])
+    return _differences(vlm, changed, split, truth, max_new_tokens)
 
 
 def knockout_benefit(
-    vlm: VLM, places: dict[str, list[tuple[int, int]]], split: Split, truth: Truth, max_new_tokens: int = 64
+    vlm: VLM, places: dict[str, list[tuple[int, int]]], split: Split, truth: Truth, max_new_tokens: int
 ) -> pd.DataFrame:
     """Switch sets of heads (layer, head) off while the model writes: their outputs before ``o_proj`` become zero.
 
     Returns place (the set's name), metric, value, lo, hi, n: without the heads minus the whole model, paired by image.
     """
+    return _differences(
+        vlm, {name: without(vlm, heads) for name, heads in places.items()}, split, truth, max_new_tokens
+    )
 
-    def without(heads: list[tuple[int, int]]) -> AbstractContextManager:
-        off: dict[int, list[int]] = {}
-        for layer, head in heads:
-            off.setdefault(layer, []).append(head)
 
-        def zeroed(layer: int, o: torch.Tensor) -> torch.Tensor:
-            return o.index_fill(2, torch.tensor(off[layer], device=o.device), 0)
+def without(vlm: VLM, heads: list[tuple[int, int]]) -> AbstractContextManager:
+    """The model with these heads switched off, inside the block."""
+    off: dict[int, list[int]] = {}
+    for layer, head in heads:
+        off.setdefault(layer, []).append(head)
 
-        return replaced_heads(vlm, zeroed, list(off))
+    def zeroed(layer: int, o: torch.Tensor) -> torch.Tensor:
+        return o.index_fill(2, torch.tensor(off[layer], device=o.device), 0)
 
-    return _differences(vlm, places, without, split, truth, max_new_tokens)
+    return replaced_heads(vlm, zeroed, list(off))
 
 
 def _differences(
-    vlm: VLM, changes: dict, inside: Callable[..., AbstractContextManager], split: Split, truth: Truth, budget: int
+    vlm: VLM, changed: Mapping[str, AbstractContextManager], split: Split, truth: Truth, budget: int
 ) -> pd.DataFrame:
     features = vlm.features(split.files)
     plain = chair(captions(vlm, split, features, max_new_tokens=budget), truth).items
     rows = []
-    for name, change in tqdm(changes.items(), desc="places"):
-        with inside(change):
+    for name, change in tqdm(changed.items(), desc="places"):
+        with change:
             written = captions(vlm, split, features, max_new_tokens=budget)
         found = paired_difference(chair(written, truth).items, plain)
         rows.append(found[found["metric"].isin(METRICS)].assign(place=name))
-    columns = ["place", "metric", "value", "lo", "hi", "n"]
-    return pd.concat(rows, ignore_index=True)[columns]
+    return pd.concat(rows, ignore_index=True)[["place", "metric", "value", "lo", "hi", "n"]]
