@@ -8,7 +8,7 @@ in a folder, so that a long comparison can be resumed.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -174,7 +174,7 @@ def baseline_case(setup: EvaluationSetup, baseline: Baseline, folder: Path) -> C
     write_jsonl(tuning, folder / "tuning.jsonl")
     if fitted.delta is not None:
         save_delta(fitted.delta, folder / "delta.safetensors")
-    mark.write_text(json.dumps({"settings": asdict(fitted.settings), "passes": passes}), encoding="utf-8")
+    mark.write_text(json.dumps({"settings": vars(fitted.settings), "passes": passes}), encoding="utf-8")
     return Case(fitted, tuning, evaluated, passes)
 
 
