@@ -1,8 +1,7 @@
 """One baseline from its registration to its record: fitted, tuned on validate images, evaluated on test images.
 
-All are given the same: one model, the same pairs and images, one budget of tokens. Tuning tries every baseline's grid
-on the same validate images by one rule (:func:`choose`), fixed before the test split is seen. A finished record is kept
-in a folder, so that a long comparison can be resumed.
+All are given the same model, pairs, images and budget of tokens. Tuning tries every baseline's grid on the same
+validate images by one rule (:func:`choose`). A finished record is kept in a folder, to resume a long comparison.
 """
 
 from __future__ import annotations
@@ -58,8 +57,7 @@ class EvaluationSplit:
 
 
 def rows_of_seed(whole, n: int, seed: int):
-    """The rows of one seed, ``n`` of them: seed 0 has the first ones, and no two seeds share any. DataError when they
-    do not suffice."""
+    """The ``n`` rows of one seed: seed 0 has the first ones, and no two seeds share any. DataError for too few."""
     rows = whole[seed * n : (seed + 1) * n]
     if len(rows) < n:
         raise DataError(
@@ -104,17 +102,13 @@ class EvaluationSetup:
         test = self.test
         if fitted is not None and fitted.kind == "after":
             return truncated(test.base, test.truth, test.max_new_tokens, self.benchmarks.amber)
-        delta, options = edit, {}
+        options: dict = {"delta": edit, "n_grounding": self.n_grounding}
         if fitted is not None:
             if fitted.delta and edit:
                 raise ValueError(f"{fitted.name} is an edit of the weights itself: it cannot stand on another one")
             ready = test.with_views(fitted)
-            delta = ready.delta or edit
-            options = {"prompt": ready.prompt, "decoding": ready.decoding}
-        return evaluate(
-            self.vlm, test.split, test.truth, self.benchmarks, test.max_new_tokens, delta,
-            n_grounding=self.n_grounding, **options,
-        )  # fmt: skip
+            options |= {"delta": ready.delta or edit, "prompt": ready.prompt, "decoding": ready.decoding}
+        return evaluate(self.vlm, test.split, test.truth, self.benchmarks, test.max_new_tokens, **options)
 
 
 def tune(setup: EvaluationSetup, baseline: Baseline) -> tuple[Baseline, pd.DataFrame, dict[str, float]]:
@@ -179,8 +173,7 @@ def baseline_case(setup: EvaluationSetup, baseline: Baseline, folder: Path) -> C
 
 
 def _read(baseline: Baseline, folder: Path, record: dict) -> Case:
-    settings = {k: _tuples(v) for k, v in record["settings"].items()}
-    fitted = replace(baseline, settings=type(baseline.settings)(**settings))
+    fitted = baseline.changed(**{k: _tuples(v) for k, v in record["settings"].items()})
     if baseline.kind == "delta":
         fitted = replace(fitted, delta=load_delta(folder / "delta.safetensors"))
     return Case(fitted, pd.DataFrame(read_jsonl(folder / "tuning.jsonl")), read_evaluated(folder), record["passes"])

@@ -7,8 +7,7 @@ import pandas as pd
 import pytest
 
 from alea_lib.experiments import locators
-from alea_lib.experiments.benefit import edit_benefit, knockout_benefit
-from alea_lib.experiments.locators import TrialSettings, locator_trial, mean_scores
+from alea_lib.experiments.locators import TrialSettings, edit_benefit, knockout_benefit, locator_trial, mean_scores
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.hooks import replaced_linear
 
