@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -81,6 +82,11 @@ def export_checkpoint(delta: Delta, source: Path, target: Path) -> pd.DataFrame:
                     f"{key} in {source} is not the weight that this delta was computed on "
                     f"({delta.info.get('model')}); export over that model, loaded in its own precision"
                 )
+    target.mkdir(parents=True, exist_ok=True)
+    need, free = sum(f.stat().st_size for f in source.rglob("*")), shutil.disk_usage(target).free
+    if free < need:
+        message = f"no room on the disk: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} free"
+        raise OSError(errno.ENOSPC, message, str(target))
     shutil.copytree(source, target, dirs_exist_ok=True)
     rows = [_patch(delta.weights[n], source / where[key], target / where[key], key) for n, key in names.items()]
     table = pd.DataFrame(rows)

@@ -113,7 +113,7 @@ def test_tuning_lowers_its_loss(tiny, seen, told, tuned):
     with torch.no_grad():
         before = loss(tiny, seen, told, random_prefix(tiny, settings), settings)[0].item()
         assert loss(tiny, seen, told, prefix, settings)[0].item() < 0.97 * before
-    assert list(curve.columns) == ["step", "nll", "contrast", "neglect", "attention"] and len(curve) == 25
+    assert list(curve.columns) == ["step", "nll", "contrast", "neglect"] and len(curve) == 25
     assert curve["nll"][0] + 0.5 * curve["neglect"][0] == pytest.approx(before, rel=1e-4)
 
 
