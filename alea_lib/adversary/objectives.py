@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import DynamicCache
 
 from ..models.batch import Batch, target_mask
-from ..models.hooks import read_attention
 from ..models.layout import causal
 from ..models.vlm import VLM
 
-TERMS = ("nll", "contrast", "neglect", "attention")
+TERMS = ("nll", "contrast", "neglect")
 ROOM = 2**29  # bytes for the keys and values of all items' images and prompts
 
 
@@ -80,13 +75,14 @@ class AdversaryLoss:
     only ``contrast`` needs). What does not depend on the prefix is kept from call to call.
 
     nll: of the negative, in nats a token; contrast: softplus(margin - log p(negative) + log p(positive)), in nats an
-    answer; neglect: KL(no-image output || output under the prefix) at the negative's tokens; attention: share of
-    attention on the image, mean over these tokens, heads and layers. ``settings``: a ``PrefixSettings``.
+    answer; neglect: KL(no-image output || output under the prefix) at the negative's tokens. ``settings``: a
+    ``PrefixSettings``.
     """
 
     def __init__(self, vlm: VLM, features, answers: tuple[list[str], list[str] | None], settings):
-        self.vlm, self.features, self.answers, self.settings = vlm, features, answers, settings
-        self.no_image = NoImageReference(vlm, features, answers[0], settings.prompt) if settings.neglect else None
+        self.vlm, self.features, self.settings, self.negatives = vlm, features, settings, answers[0]
+        self.sides = [side for side in answers if side is not None] if settings.contrast else [answers[0]]
+        self.no_image = NoImageReference(vlm, features, answers[0], settings.prompt)
         self.cache = PromptKVCache(vlm, features, settings.prompt, settings.place)
 
     def __call__(
@@ -95,22 +91,19 @@ class AdversaryLoss:
         """The weighted loss of the picked items under the prefix, and its terms. ``whole``: the batch that ``pick`` is
         a piece of; the loss is then the piece's part of that batch's: the parts add up."""
         vlm, s = self.vlm, self.settings
-        sides = self.answers if s.contrast else self.answers[:1]
-        texts = [side[int(i)] for side in sides for i in pick]
-        features = self.features[torch.as_tensor(pick)].repeat(len(sides), 1, 1)
+        texts = [side[int(i)] for side in self.sides for i in pick]
+        features = self.features[torch.as_tensor(pick)].repeat(len(self.sides), 1, 1)
         batch = vlm.encode(features, vlm.prompt(s.prompt), texts)
-        shares: list[torch.Tensor] = []
-        with image_share(vlm, batch, prefix, len(pick), shares) if s.attention else nullcontext():
-            past = self.cache(pick, len(sides)) if self.cache.usable and not s.attention else None
-            logits, labels = attacked_logits(vlm, batch, prefix, past)
-        terms, n = self._terms(logits, labels, pick, shares)
+        past = self.cache(pick, len(self.sides)) if self.cache.usable else None
+        logits, labels = attacked_logits(vlm, batch, prefix, past)
+        terms, n = self._terms(logits, labels, pick)
         if whole is not None and len(whole) > len(pick):
-            tokens = n / sum(vlm.answer_length(self.answers[0][int(i)]) for i in whole)
+            tokens = n / sum(vlm.answer_length(self.negatives[int(i)]) for i in whole)
             terms = {k: t * (len(pick) / len(whole) if k == "contrast" else tokens) for k, t in terms.items()}
         loss = sum(getattr(s, name) * term for name, term in terms.items())
         return loss, {name: terms[name].item() if name in terms else 0.0 for name in TERMS}
 
-    def _terms(self, logits, labels, pick: np.ndarray, shares: list[torch.Tensor]) -> tuple[dict, int]:
+    def _terms(self, logits, labels, pick: np.ndarray) -> tuple[dict, int]:
         """The terms that have a weight, and the number of the negatives' tokens."""
         s = self.settings
         logp = -F.cross_entropy(logits, labels[labels != -100], reduction="none")
@@ -123,8 +116,6 @@ class AdversaryLoss:
         if s.neglect:
             reference = self.no_image(pick)
             terms["neglect"] = F.kl_div(logits[:n].log_softmax(-1), reference, log_target=True, reduction="batchmean")
-        if s.attention:
-            terms["attention"] = torch.stack(shares).mean()
         return terms, n
 
 
@@ -144,24 +135,3 @@ def attacked_logits(
     at = past.get_seq_length()
     output = vlm.language_model(inputs_embeds=embeds[:, at:], attention_mask=mask, past_key_values=past, use_cache=True)
     return vlm.head(output.last_hidden_state[target_mask(labels)[:, at:]]).float(), labels
-
-
-@contextmanager
-def image_share(vlm: VLM, batch: Batch, prefix, n: int, out: list[torch.Tensor]) -> Iterator[None]:
-    """Append each layer's share of attention on the image to ``out`` (mean over heads and the answer tokens of the
-    first ``n`` rows), with its gradient, for forward passes of the batch under the prefix inside the block."""
-    image = batch.ids == vlm.image_id
-    with torch.no_grad():
-        embeds = vlm.embed(batch)
-        image = prefix.insert(replace(batch, labels=torch.where(image, batch.ids, -100)), embeds)[2] != -100
-        targets = target_mask(prefix.insert(batch, embeds)[2])
-    rows = targets.long().topk(int(targets.sum(1).max()), dim=1).indices.sort(dim=1).values
-    weight = targets.gather(1, rows).float()
-    weight[n:] = 0
-    weight = weight / weight.sum()
-
-    def take(layer: int, p: torch.Tensor) -> None:
-        out.append((((p * image[:, None, None, :].float()).sum(-1)).mean(1) * weight).sum())
-
-    with read_attention(vlm, take, rows):
-        yield

@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "export": ["export_adapter", "export_checkpoint", "write_edit_card"],
+        "export": ["export_adapter", "export_checkpoint"],
         "fit": ["fit_edit"],
         "methods": [
             "EditRequest",

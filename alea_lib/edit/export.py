@@ -82,7 +82,12 @@ def export_checkpoint(delta: Delta, source: Path, target: Path) -> pd.DataFrame:
                     f"{key} in {source} is not the weight that this delta was computed on "
                     f"({delta.info.get('model')}); export over that model, loaded in its own precision"
                 )
-    _copy(source, target)
+    target.mkdir(parents=True, exist_ok=True)
+    need, free = sum(f.stat().st_size for f in source.rglob("*")), shutil.disk_usage(target).free
+    if free < need:
+        message = f"no room on the disk: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} free"
+        raise OSError(errno.ENOSPC, message, str(target))
+    shutil.copytree(source, target, dirs_exist_ok=True)
     rows = [_patch(delta.weights[n], source / where[key], target / where[key], key) for n, key in names.items()]
     table = pd.DataFrame(rows)
     write_csv(table, target / "edited.csv")
@@ -117,17 +122,6 @@ def stored_name(name: str, stored: list[str]) -> str:
     return found[0]
 
 
-def _copy(source: Path, target: Path) -> None:
-    files = [f for f in sorted(source.iterdir()) if f.is_file()]
-    need = sum(f.stat().st_size for f in files)
-    target.mkdir(parents=True, exist_ok=True)
-    if (free := shutil.disk_usage(target).free) < need:
-        message = f"no room on the disk: {need / 2**20:.0f} MiB needed, {free / 2**20:.0f} free"
-        raise OSError(errno.ENOSPC, message, str(target))
-    for f in files:
-        shutil.copyfile(f, target / f.name)
-
-
 def _patch(change: torch.Tensor, source: Path, target: Path, key: str) -> dict:
     """Overwrite one tensor's bytes in the copy; everything else stays byte by byte."""
     with safe_open(source, "pt") as f:
@@ -149,25 +143,3 @@ def _patch(change: torch.Tensor, source: Path, target: Path, key: str) -> dict:
         "changed": (new != own).float().mean().item(),
         "survived": ((written * change).sum() / change.square().sum().clamp(min=1e-30)).item(),
     }
-
-
-def write_edit_card(folder: Path, delta: Delta, scores: pd.DataFrame | None = None, run_id: str = "") -> Path:
-    """README.md of a handed-over edit, from the delta and the rows of ``metrics.csv`` that measured it."""
-    info = delta.info
-    lines = ["---", f"base_model: {info['model']}", "tags: [alea, model-editing, hallucination]", "---", ""]
-    lines += [f"# An edit of {info['model']}", ""]
-    lines += ["Weights of the modules below were changed so that captions name fewer"]
-    lines += ["absent objects; shapes, types and the cost of inference are those of the base.", ""]
-    lines += ["| | |", "|---|---|"]
-    lines += [f"| {key} | `{info[key]}` |" for key in ("revision", "config") if info.get(key)]
-    lines += [f"| run | `{run_id}` |"] if run_id else []
-    lines += [f"| {k} | {v} |" for k, v in info.get("edit", {}).items()]
-    lines += ["", "| module | norm of the change | base weight (sha256) |", "|---|---|---|"]
-    lines += [f"| `{n}` | {w.norm().item():.4g} | `{delta.base[n]}` |" for n, w in sorted(delta.weights.items())]
-    if scores is not None and len(scores):
-        lines += ["", "## Measured", "", "| benchmark | metric | value | 95 % interval | n |", "|---|---|---|---|---|"]
-        rows = scores[["benchmark", "metric", "value", "lo", "hi", "n"]].itertuples(index=False)
-        lines += [f"| {b} | {m} | {v:.3f} | {lo:.3f} to {hi:.3f} | {int(n)} |" for b, m, v, lo, hi, n in rows]
-    path = folder / "README.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,20 +20,19 @@ from ..models.feature_cache import fingerprint
 from ..models.hooks import replaced_linear
 from ..models.identity import hash_text, weight_hash
 from ..models.vlm import VLM
-from .losses import CachedForward, Reference, answer_nll, dropped, kl_divergence, unlikelihood
+from .losses import CachedForward, Reference, dropped, kl_divergence, scratch, unlikelihood
 from .settings import EditSettings, check
-from .spill import scratch
-from .trained import Trained, trained
+from .trained import trained
 
-__all__ = ["answer_nll", "fit_edit", "schedule"]
-CURVE = ["step", "prefixed", "nll", "kl", "unlikelihood", "held_out"]
+TERMS = ("nll", "kl", "unlikelihood")
+CURVE = ["step", "prefixed", *TERMS]
 
 
 def fit_edit(
     vlm: VLM,
     features: torch.Tensor,
     positives: list[str],
-    prefix: Prefix | Sequence[Prefix] | None,
+    prefix: Prefix | None,
     settings: EditSettings,
     checkpoint_path: Path | None = None,
     negatives: list[str] | None = None,
@@ -42,33 +40,30 @@ def fit_edit(
 ) -> tuple[Delta, pd.DataFrame]:
     """Compute an edit; the model is left bit-equal.
 
-    ``features`` [N,P,D] and ``positives`` [N]: images and grounded answers. ``prefix``: one, several that take turns,
-    or None when ``settings.prefix_share`` is 0. ``negatives`` [N] serve the unlikelihood and, with ``adversary``, the
-    rounds. Returns the delta and its curve (step, prefixed, terms of the loss, held_out once an epoch). With a
-    checkpoint, a run that was cut off goes on after its last whole epoch and ends in the same delta. ValueError for
-    empty pairs or settings out of range, FloatingPointError for a loss that is not finite, OSError for a full disk.
+    ``features`` [N,P,D] and ``positives`` [N]: images and grounded answers. ``prefix``: None when
+    ``settings.prefix_share`` is 0. ``negatives`` [N] serve the unlikelihood and, with ``adversary``, the rounds.
+    Returns the delta and its curve (step, prefixed, terms of the loss). With a checkpoint, a run that was cut off goes
+    on after its last whole epoch and ends in the same delta. ValueError for empty pairs or settings out of range,
+    FloatingPointError for a loss that is not finite, OSError for a full disk.
     """
-    prefixes = [prefix] if isinstance(prefix, Prefix) else list(prefix or [])
-    _check_input(positives, prefixes, settings, negatives, adversary)
+    _check_input(positives, prefix, settings, negatives, adversary)
     with scratch(checkpoint_path) as folder:
-        run = _Run(vlm, features, positives, negatives, prefixes, settings, adversary, folder)
+        run = _Run(vlm, features, positives, negatives, [prefix] if prefix else [], settings, adversary, folder)
         if checkpoint_path:
             run.resume(checkpoint_path)
         for epoch in tqdm(range(run.epoch, settings.epochs), desc="edit", initial=run.epoch, total=settings.epochs):
-            if run.stopped:
-                break
             run.new_round(epoch)
             run.run_epoch(epoch, checkpoint_path)
             if checkpoint_path:
                 run.save(checkpoint_path)
-        return run.result()
+        return run.trained.delta(vlm, {"edit": asdict(settings)}), pd.DataFrame(run.curve, columns=CURVE)
 
 
-def _check_input(positives, prefixes, settings: EditSettings, negatives, adversary) -> None:
+def _check_input(positives, prefix, settings: EditSettings, negatives, adversary) -> None:
     check(settings)
     if not len(positives):
         raise ValueError("no pairs to edit on: stage 02_activate found none, or the filter removed all")
-    if settings.prefix_share and not prefixes:
+    if settings.prefix_share and prefix is None:
         raise ValueError(f"prefix_share is {settings.prefix_share} but no prefix was given; fit one or set it to 0")
     if settings.unlikelihood and negatives is None:
         raise ValueError(f"unlikelihood is {settings.unlikelihood}: give negatives, or set it to 0")
@@ -87,30 +82,23 @@ def schedule(n: int, settings: EditSettings) -> list[tuple[np.ndarray, bool]]:
 
 
 class _Run:
-    """The state of one edit in the making."""
+    """The state of one edit in the making. ``prefixes`` take turns; each round adds one."""
 
     def __init__(self, vlm: VLM, features, positives, negatives, prefixes, settings, adversary, folder=None):
         self.vlm, self.features, self.settings, self.adversary = vlm, features, settings, adversary
-        self.texts = {"positive": positives, "negative": negatives}
-        self.prefixes = prefixes
-        self.trained: Trained = trained(vlm, settings)
+        self.texts, self.prefixes = {"positive": positives, "negative": negatives}, prefixes
+        self.trained = trained(vlm, settings)
+        parameters = self.trained.parameters.values()
         optimiser = torch.optim.AdamW if settings.optimiser == "adamw" else torch.optim.SGD
-        self.optimiser = optimiser(self.trained.parameters.values(), lr=settings.lr, weight_decay=0.0)
+        self.optimiser = optimiser(parameters, lr=settings.lr, weight_decay=0.0)
         self.scale = loss_scale(vlm.model.dtype)
-        scale_gradient(self.trained.parameters.values(), self.scale)
+        scale_gradient(parameters, self.scale)
         self.passes = CachedForward(vlm, features, self.texts, settings, self.trained, folder)
         self.reference = Reference(self.passes)
-        held = int(settings.held_out * len(positives))
-        mixed = np.random.default_rng([settings.seed, 5]).permutation(len(positives))
-        self.held, self.items = np.sort(mixed[:held]), np.sort(mixed[held:])
-        self.order = schedule(len(self.items), settings)
+        self.order = schedule(len(positives), settings)
         self.per_epoch = len(self.order) // settings.epochs
-        self.epoch, self.curve, self.best, self.bad = 0, [], (float("inf"), {}), 0
+        self.epoch, self.curve = 0, []
         self.tag = self._tag()
-
-    @property
-    def stopped(self) -> bool:
-        return len(self.held) > 0 and self.bad >= self.settings.patience
 
     def new_round(self, epoch: int) -> None:
         """Tune one more adversary, against the model as it is edited by now, when a round begins."""
@@ -119,43 +107,50 @@ class _Run:
         if epoch not in starts:
             return
         adversary = replace(self.adversary, seed=self.adversary.seed + 1 + starts.index(epoch))
-        negatives, positives = ([self.texts[k][i] for i in self.items] for k in ("negative", "positive"))
         weights = {n: w.detach() for n, w in self.trained.weights().items()}
         with replaced_linear(self.vlm, weights):
-            features = self.features[torch.as_tensor(self.items)]
-            self.prefixes = [*self.prefixes, fit_prefix(self.vlm, features, negatives, adversary, positives)[0]]
+            tuned, _ = fit_prefix(self.vlm, self.features, self.texts["negative"], adversary, self.texts["positive"])
+        self.prefixes = [*self.prefixes, tuned]
 
     def run_epoch(self, epoch: int, path: Path | None) -> None:
         for step in range(epoch * self.per_epoch, (epoch + 1) * self.per_epoch):
             row = self.step(step)
-            if not np.isfinite(sum(row[k] for k in ("nll", "kl", "unlikelihood"))) or not self.trained.finite():
+            if not np.isfinite(sum(row[k] for k in TERMS)) or not self.trained.finite():
                 raise FloatingPointError(
                     f"the edit's loss or weights are not finite at step {step} ({row}); lower lr ({self.settings.lr}). "
                     f"The last whole epoch is kept in {path}"
                 )
             self.curve.append(row)
-        if len(self.held):
-            self.curve[-1]["held_out"] = value = self.held_out_loss()
-            if value < self.best[0]:
-                self.best, self.bad = (value, {n: p.detach().clone() for n, p in self.trained.parameters.items()}), 0
-            else:
-                self.bad += 1
         self.epoch = epoch + 1
 
     def step(self, step: int) -> dict:
         """One optimiser step. Returns its row of the curve."""
-        s, (pick, prefixed) = self.settings, self.order[step]
+        s, (whole, prefixed) = self.settings, self.order[step]
         if s.reset == "step" or step % self.per_epoch == 0:
             self.optimiser.zero_grad()
-        number = step % len(self.prefixes) if prefixed else -1
-        row = {"step": step, "prefixed": prefixed, "nll": 0.0, "kl": 0.0, "unlikelihood": 0.0, "held_out": float("nan")}
-        for piece in self.vlm.limits.microbatches(self.items[pick]):
-            for name, term in self.terms(piece, number, step):
-                share = self.share(name, piece, self.items[pick])
+        row = {"step": step, "prefixed": prefixed, **dict.fromkeys(TERMS, 0.0)}
+        for piece in self.vlm.limits.microbatches(whole):
+            for name, term in self.terms(piece, step, prefixed):
+                share = self.share(name, piece, whole)
                 (self.scale * getattr(s, name) * share * term).backward()
                 row[name] += share * term.item()
         self.optimiser.step()
         return row
+
+    def terms(self, pick: np.ndarray, step: int, prefixed: bool):
+        """The terms of the loss one by one, so that only one graph is alive at a time."""
+        s, prefix, number = self.settings, None, -1
+        if prefixed:
+            number = step % len(self.prefixes)
+            prefix = dropped(self.prefixes[number], s, step)
+        logits, labels = self.passes("positive", s.prompt, pick, self.trained.weights(), prefix, number)
+        yield "nll", F.cross_entropy(logits.float(), labels)
+        if s.kl:
+            logits, _ = self.passes("positive", s.kl_prompt, pick, self.trained.weights())
+            yield "kl", kl_divergence(logits, self.reference(pick))
+        if s.unlikelihood:
+            logits, labels = self.passes("negative", s.prompt, pick, self.trained.weights(), prefix, number)
+            yield "unlikelihood", unlikelihood(logits, labels, self.unsaid(pick))
 
     def share(self, name: str, piece: np.ndarray, whole: np.ndarray) -> float:
         """Share of a batch's tokens that lie in a piece of it: each term is a mean over the tokens that it counts."""
@@ -171,37 +166,11 @@ class _Run:
         s = self.settings
         return sum(self.vlm.answer_length(self.texts["positive"][int(i)], s.eos, s.bos) for i in pick)
 
-    def terms(self, pick: np.ndarray, number: int, step: int | None = None):
-        """The terms of the loss one by one, so that only one graph is alive at a time. ``number``: of the prefix;
-        ``step``: the training step whose rows of it are dropped, None for the whole prefix."""
-        s = self.settings
-        prefix = dropped(self.prefixes[number], s, step) if number >= 0 else None
-        logits, labels = self.passes("positive", s.prompt, pick, self.trained.weights(), prefix, number)
-        yield "nll", F.cross_entropy(logits.float(), labels)
-        if s.kl:
-            logits, _ = self.passes("positive", s.kl_prompt, pick, self.trained.weights())
-            yield "kl", kl_divergence(logits, self.reference(pick))
-        if s.unlikelihood:
-            logits, labels = self.passes("negative", s.prompt, pick, self.trained.weights(), prefix, number)
-            yield "unlikelihood", unlikelihood(logits, labels, self.unsaid(pick))
-
     def unsaid(self, pick: np.ndarray) -> torch.Tensor:
         """Bool [n]: tokens of the negatives that their positives do not say."""
         ids = {k: self.passes.encode(k, self.settings.prompt, pick).labels for k in ("negative", "positive")}
         rows = [~torch.isin(n[n != -100], p[p != -100]) for n, p in zip(ids["negative"], ids["positive"])]
         return torch.cat(rows)
-
-    @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """The loss on the held-out pairs, clean and under the whole last prefix in the settings' share."""
-        s, total = self.settings, 0.0
-        size = self.vlm.limits.of("train", s.batch)
-        parts = np.array_split(self.held, max(1, round(len(self.held) / size)))
-        for number, weight in ((len(self.prefixes) - 1, s.prefix_share), (-1, 1 - s.prefix_share)):
-            for pick in parts if weight else ():
-                terms = self.terms(pick, number)
-                total += weight * len(pick) * sum(getattr(s, name) * term.item() for name, term in terms)
-        return total / len(self.held)
 
     # ---- stopped and resumed ---------------------------------------------------------------------------------
     def _tag(self) -> str:
@@ -213,27 +182,19 @@ class _Run:
         return json.dumps([asdict(self.settings), texts, fingerprint(self.features), own, rows, adversary])
 
     def save(self, path: Path) -> None:
-        extra = {f"best.{n}": p for n, p in self.best[1].items()}
-        extra |= {f"prefix.{i}": p.rows for i, p in enumerate(self.prefixes)}
-        state = {"epoch": self.epoch, "curve": self.curve, "best": self.best[0], "bad": self.bad}
-        state["places"] = [(p.place, p.index) for p in self.prefixes]
+        rows = {f"prefix.{i}": p.rows for i, p in enumerate(self.prefixes)}
+        places = [(p.place, p.index) for p in self.prefixes]
+        note = json.dumps({"epoch": self.epoch, "curve": self.curve, "places": places})
         done, parameters = self.epoch * self.per_epoch, self.trained.parameters
-        checkpoint.save(path, done, parameters, self.optimiser, self.tag, extra, json.dumps(state))
+        checkpoint.save(path, done, parameters, self.optimiser, self.tag, rows, note)
 
     def resume(self, path: Path) -> None:
         if not checkpoint.resume(path, self.trained.parameters, self.optimiser, self.tag):
             return
-        extra, note = checkpoint.extras(path)
+        rows, note = checkpoint.extras(path)
         state = json.loads(note)
-        self.epoch, self.curve, self.bad = state["epoch"], state["curve"], state["bad"]
-        best = {n.removeprefix("best."): t for n, t in extra.items() if n.startswith("best.")}
-        self.best = (state["best"], {n: t.to(self.vlm.device) for n, t in best.items()})
-        rows = [extra[f"prefix.{i}"].to(self.vlm.device) for i in range(len(state["places"]))]
-        self.prefixes = [Prefix(r, place, index) for r, (place, index) in zip(rows, state["places"])]
-
-    def result(self) -> tuple[Delta, pd.DataFrame]:
-        with torch.no_grad():
-            for name, kept in self.best[1].items():
-                self.trained.parameters[name].copy_(kept)
-        delta = self.trained.delta(self.vlm, {"edit": asdict(self.settings)})
-        return delta, pd.DataFrame(self.curve, columns=CURVE)
+        self.epoch, self.curve = state["epoch"], state["curve"]
+        self.prefixes = [
+            Prefix(rows[f"prefix.{i}"].to(self.vlm.device), place, index)
+            for i, (place, index) in enumerate(state["places"])
+        ]

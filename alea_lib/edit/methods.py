@@ -40,7 +40,6 @@ class EditMethod:
     preset: str
     place: str = "located"
     adversary: str = "contrast"
-    changes: tuple[tuple[str, object], ...] = ()  # of the preset: what the profile's values must not overwrite
 
 
 METHODS = {
@@ -50,8 +49,8 @@ METHODS = {
     "alea-corrected": EditMethod("alea-corrected"),
     "alea-mixed": EditMethod("alea-mixed"),
     "sft": EditMethod("sft", "all-layers", ""),
-    "lora": EditMethod("lora", changes=(("prefix_share", 0.0),), adversary=""),
-    "heads": EditMethod("heads", "heads", "", (("prefix_share", 0.0),)),
+    "lora": EditMethod("lora", adversary=""),
+    "heads": EditMethod("heads", "heads", ""),
     "random-layers": EditMethod("no-prefix", "random-layers", ""),
     "last-layer": EditMethod("no-prefix", "last-layer", ""),
     "all-layers": EditMethod("no-prefix", "all-layers", ""),
@@ -70,8 +69,9 @@ def edit_method(name: str) -> EditMethod:
 @dataclass(frozen=True)
 class EditRequest:
     """One edit by its method's name. ``layers``: the located ones. ``heads`` that are not given are located when the
-    method is made for heads; so are ``official`` layers (see :func:`alea_lib.official_layers`) that are None, while ()
-    stands for the located ones. ``changes``: of the edit's settings, as far as the method leaves them open."""
+    method is made for heads; so are ``official`` layers (those of :func:`alea_lib.locate.official_layers`) that are
+    None, while () stands for the located ones. ``changes``: of the edit's settings, as far as the method leaves them
+    open."""
 
     method: str
     layers: tuple[int, ...] = ()
@@ -87,7 +87,7 @@ class EditRequest:
         that are missing or values out of range."""
         method = edit_method(self.method)
         changes = {k: v for k, v in self.changes.items() if k not in KEPT.get(method.preset, ())}
-        changes |= {"seed": self.seed, **dict(method.changes)}
+        changes["seed"] = self.seed
         if method.place == "heads":
             if not self.heads:
                 raise ValueError("the edit `heads` needs heads, (layer, head): give some, or those of located_heads")
@@ -97,10 +97,9 @@ class EditRequest:
             layers = control_layers(method.place, n_layers, k=len(self.layers), seed=self.seed)
         return preset(method.preset, layers=layers, **changes)
 
-    def adversary(self, kind: str, vlm: VLM, negatives: list[str], n_image: int) -> PrefixSettings:
-        """The settings of its adversary of a kind, see :func:`adversary_settings`."""
-        how = {"length": self.prefix_length, "steps": self.prefix_steps, "seed": self.seed}
-        return adversary_settings(kind, vlm, negatives, n_image, **how)
+    def adversary(self) -> dict:
+        """What its adversary changes of :func:`adversary_settings`."""
+        return {"length": self.prefix_length, "steps": self.prefix_steps, "seed": self.seed}
 
 
 def fit_method(
@@ -118,23 +117,17 @@ def fit_method(
     ``features`` [N,P,D] and ``pairs`` (positive, negative) are of the same images. ``prefix``: an adversary that is
     tuned already; otherwise it is tuned here and, with a ``folder``, kept there, so that equal ones are tuned once.
     """
-    negatives = pairs["negative"].tolist()
-    request = located(vlm, features, pairs, request)
+    place = edit_method(request.method).place
+    if place == "heads" and not request.heads:
+        request = replace(request, heads=located_heads(vlm, features, pairs))
+    if place == "official" and request.official is None:
+        request = replace(request, official=tuple(official_layers(vlm, features, pairs)[1]))
     settings = request.settings(vlm.n_layers)
     if settings.prefix_share and prefix is None:
         prefix = method_prefix(vlm, features, pairs, request, folder)
-    rounds = request.adversary("contrast", vlm, negatives, features.shape[1]) if settings.rounds > 1 else None
-    return fit_edit(vlm, features, pairs["positive"].tolist(), prefix, settings, checkpoint, negatives, rounds)
-
-
-def located(vlm: VLM, features: torch.Tensor, pairs: pd.DataFrame, request: EditRequest) -> EditRequest:
-    """The request with the heads or official layers that its method needs and that it does not give."""
-    place = edit_method(request.method).place
-    if place == "heads" and not request.heads:
-        return replace(request, heads=located_heads(vlm, features, pairs))
-    if place == "official" and request.official is None:
-        return replace(request, official=tuple(official_layers(vlm, features, pairs)[1]))
-    return request
+    negatives, positives = pairs["negative"].tolist(), pairs["positive"].tolist()
+    rounds = adversary_preset("contrast", **request.adversary()) if settings.rounds > 1 else None
+    return fit_edit(vlm, features, positives, prefix, settings, checkpoint, negatives, rounds)
 
 
 def located_heads(
@@ -171,7 +164,7 @@ def method_prefix(
     name = edit_method(request.method).adversary or "contrast"
     kind = "contrast" if name == "random" else name
     negatives, positives = pairs["negative"].tolist(), pairs["positive"].tolist()
-    settings = request.adversary(kind, vlm, negatives, features.shape[1])
+    settings = adversary_settings(kind, vlm, negatives, features.shape[1], **request.adversary())
 
     def tune() -> Prefix:
         return fit_prefix(vlm, features, negatives, settings, positives)[0]

@@ -12,7 +12,7 @@ CHOICES = {
     "optimiser": ("adamw", "sgd"),
     "reset": ("step", "epoch"),
     "master_dtype": ("fp32", "fp16"),
-    "kl_reference": ("states", "weights", "logits"),
+    "kl_reference": ("states", "logits"),
 }
 
 
@@ -31,7 +31,7 @@ class EditSettings:
     nll: float = 1.0  # weight of NLL(grounded answer)
     kl: float = 0.2  # weight of KL(base || edited) on clean prompts
     kl_prompt: str = "careful"
-    kl_reference: str = "states"  # what is kept of the base: final hidden states, nothing (run again), or logits
+    kl_reference: str = "states"  # what is kept of the base: final hidden states, or logits (official)
     unlikelihood: float = 0.0  # weight of -log(1 - p) of the negative's tokens where it leaves the positive
     bos: bool = False  # the start token is a target too (official)
     eos: bool = True  # the end token is a target (official: never)
@@ -41,14 +41,12 @@ class EditSettings:
     optimiser: str = "adamw"
     reset: str = "step"  # when gradients are set to zero; "epoch" is official: with SGD a momentum of 1.0
     master_dtype: str = "fp32"  # type of the trained copies; "fp16" is official: small steps are lost in rounding
-    held_out: float = 0.0  # share of the pairs that only decides when to stop
-    patience: int = 1  # epochs without a gain there before the edit stops; the best epoch's weights are kept
     fast: bool = True  # reuse what lies below the first edited layer: same gradients
     seed: int = 0
 
 
 # Each preset is only what differs. The layers are the caller's: those that a locator names, or a control's.
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "no-prefix": {"prefix_share": 0.0},  # control: plain supervised editing of the same modules
     "random-prefix": {"prefix_share": 1.0},  # control: the caller hands over random rows, see random_like
     "alea-corrected": {"prefix_share": 1.0},  # the paper's idea without the official code's faults
@@ -59,8 +57,8 @@ PRESETS = {
         batch=2, optimiser="sgd", reset="epoch", master_dtype="fp16", fast=False,
     ),
     "sft": {"prefix_share": 0.0, "modules": "decoder", "kl": 0.0},  # control: all decoder matrices, NLL alone
-    "lora": {"rank": 8},
-    "heads": {"modules": "o_proj"},
+    "lora": {"prefix_share": 0.0, "rank": 8},
+    "heads": {"prefix_share": 0.0, "modules": "o_proj"},
 }  # fmt: skip
 CONTROLS = ("random-layers", "last-layer", "all-layers", "first")  # the places of an edit, see control_layers
 
@@ -88,9 +86,10 @@ def check(s: EditSettings) -> None:
     for name, allowed in CHOICES.items():
         if getattr(s, name) not in allowed:
             raise ValueError(f"{name} is {getattr(s, name)!r}, it must be one of {allowed}")
-    for name in ("prefix_share", "prefix_dropout", "held_out"):
-        if not 0 <= getattr(s, name) <= 1 - (name != "prefix_share") * 1e-9:
-            raise ValueError(f"{name} is {getattr(s, name)}, it must lie between 0 and 1")
+    if not 0 <= s.prefix_share <= 1:
+        raise ValueError(f"prefix_share is {s.prefix_share}, it must lie between 0 and 1")
+    if not 0 <= s.prefix_dropout < 1:
+        raise ValueError(f"prefix_dropout is {s.prefix_dropout}, it must lie between 0 and 1 (not 1)")
     places = s.heads if s.modules == "o_proj" else s.layers
     if not places or s.epochs < 1 or s.batch < 1 or s.rounds < 1:
         raise ValueError(f"nothing to edit: {s.modules} of {places}, epochs {s.epochs}, batch {s.batch}")

@@ -1,14 +1,13 @@
 """One baseline from its registration to its record: fitted, tuned on validate images, evaluated on test images.
 
-All are given the same: one model, the same pairs and images, one budget of tokens. Tuning tries every baseline's grid
-on the same validate images by one rule (:func:`choose`), fixed before the test split is seen. A finished record is kept
-in a folder, so that a long comparison can be resumed.
+All are given the same model, pairs, images and budget of tokens. Tuning tries every baseline's grid on the same
+validate images by one rule (:func:`choose`). A finished record is kept in a folder, to resume a long comparison.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +26,8 @@ from ..metrics.truth import Truth, read_truth
 from ..models.delta import Delta, applied, load_delta, save_delta
 from ..models.hooks import counted
 from ..models.vlm import VLM
+
+TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,13 @@ class EvaluationSplit:
         """Captions of the base model, plain prompt, greedy."""
         return captions(self.vlm, self.split, self.features, max_new_tokens=self.max_new_tokens)
 
+    def with_views(self, baseline: Baseline) -> Baseline:
+        """The baseline with what it reads of these images besides their features."""
+        return baseline.with_views(self.vlm, self.split.files, self.features)
+
 
 def rows_of_seed(whole, n: int, seed: int):
-    """The rows of one seed, ``n`` of them: seed 0 has the first ones, and no two seeds share any. DataError when they
-    do not suffice."""
+    """The ``n`` rows of one seed: seed 0 has the first ones, and no two seeds share any. DataError for too few."""
     rows = whole[seed * n : (seed + 1) * n]
     if len(rows) < n:
         raise DataError(
@@ -82,14 +86,11 @@ class EvaluationSetup:
             fitted = baseline.fitted(self.vlm, self.pair_features, self.pairs)
         return fitted, {"forwards": count.forwards, "backwards": count.backwards}
 
-    def with_views(self, baseline: Baseline, images: EvaluationSplit) -> Baseline:
-        return baseline.with_views(self.vlm, images.split.files, images.features)
-
     def captions(self, fitted: Baseline, images: EvaluationSplit) -> pd.DataFrame:
         """What a fitted baseline writes about these images."""
         if fitted.kind == "after":
             return fitted.apply(fitted.settings, images.base)
-        ready = self.with_views(fitted, images)
+        ready = images.with_views(fitted)
         with applied(self.vlm, ready.delta):
             return captions(
                 self.vlm, images.split, images.features, ready.prompt, images.max_new_tokens, decoding=ready.decoding
@@ -101,17 +102,13 @@ class EvaluationSetup:
         test = self.test
         if fitted is not None and fitted.kind == "after":
             return truncated(test.base, test.truth, test.max_new_tokens, self.benchmarks.amber)
-        delta, options = edit, {}
+        options: dict = {"delta": edit, "n_grounding": self.n_grounding}
         if fitted is not None:
             if fitted.delta and edit:
                 raise ValueError(f"{fitted.name} is an edit of the weights itself: it cannot stand on another one")
-            ready = self.with_views(fitted, test)
-            delta = ready.delta or edit
-            options = {"prompt": ready.prompt, "decoding": ready.decoding}
-        return evaluate(
-            self.vlm, test.split, test.truth, self.benchmarks, test.max_new_tokens, delta,
-            n_grounding=self.n_grounding, **options,
-        )  # fmt: skip
+            ready = test.with_views(fitted)
+            options |= {"delta": ready.delta or edit, "prompt": ready.prompt, "decoding": ready.decoding}
+        return evaluate(self.vlm, test.split, test.truth, self.benchmarks, test.max_new_tokens, **options)
 
 
 def tune(setup: EvaluationSetup, baseline: Baseline) -> tuple[Baseline, pd.DataFrame, dict[str, float]]:
@@ -127,20 +124,18 @@ def tune(setup: EvaluationSetup, baseline: Baseline) -> tuple[Baseline, pd.DataF
         written = setup.captions(fitted, setup.validate)
         scores = _caption_scores(written, setup.validate.truth)
         gap = frontier_gap(setup.validate.base, written, setup.validate.truth, n_resamples=2)  # without its interval
-        rows.append(
-            {"rival": baseline.name, "settings": json.dumps(changes, sort_keys=True), **scores}
-            | {"frontier_gap": gap["value"], "n": len(written)}
-        )
+        row = {"rival": baseline.name, "settings": json.dumps(changes, sort_keys=True), **scores}
+        rows.append({**row, "frontier_gap": gap["value"], "n": len(written)})
     record = pd.DataFrame(rows)
     best = choose(record, _caption_scores(setup.validate.base, setup.validate.truth)["recall"])
     record["chosen"] = [i == best for i in range(len(record))]
     return tried[best][0], record, tried[best][1]
 
 
-def choose(record: pd.DataFrame, base_recall: float, tolerance: float = 0.03) -> int:
-    """Which row: the best ``frontier_gap`` among those whose recall is at most ``tolerance`` under the base model's; if
+def choose(record: pd.DataFrame, base_recall: float) -> int:
+    """Which row: the best ``frontier_gap`` among those whose recall is at most ``TOLERANCE`` under the base model's; if
     there is none, the highest recall. The first of equals."""
-    near = record[record["recall"] >= base_recall - tolerance - 1e-9]
+    near = record[record["recall"] >= base_recall - TOLERANCE - 1e-9]
     return int(near["frontier_gap"].idxmax() if len(near) else record["recall"].idxmax())
 
 
@@ -173,13 +168,12 @@ def baseline_case(setup: EvaluationSetup, baseline: Baseline, folder: Path) -> C
     write_jsonl(tuning, folder / "tuning.jsonl")
     if fitted.delta is not None:
         save_delta(fitted.delta, folder / "delta.safetensors")
-    mark.write_text(json.dumps({"settings": asdict(fitted.settings), "passes": passes}), encoding="utf-8")
+    mark.write_text(json.dumps({"settings": vars(fitted.settings), "passes": passes}), encoding="utf-8")
     return Case(fitted, tuning, evaluated, passes)
 
 
 def _read(baseline: Baseline, folder: Path, record: dict) -> Case:
-    settings = {k: _tuples(v) for k, v in record["settings"].items()}
-    fitted = replace(baseline, settings=type(baseline.settings)(**settings))
+    fitted = baseline.changed(**{k: _tuples(v) for k, v in record["settings"].items()})
     if baseline.kind == "delta":
         fitted = replace(fitted, delta=load_delta(folder / "delta.safetensors"))
     return Case(fitted, pd.DataFrame(read_jsonl(folder / "tuning.jsonl")), read_evaluated(folder), record["passes"])

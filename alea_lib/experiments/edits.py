@@ -23,6 +23,7 @@ from ..models.delta import Delta, applied, load_delta, save_delta
 from ..models.vlm import VLM
 
 CONDITIONS = ("clean", "speculative", "transferred", "attacked")
+ATTACK_SEED = 7  # plus the case's, never that of the edit's adversary
 METRICS = ("chair_s", "chair_i", "recall", "words", "objects_per_caption")
 BASE = "base"
 
@@ -47,8 +48,7 @@ class EditCase:
 
 @dataclass(frozen=True)
 class EditTrialSettings:
-    """What all cases share. The attacks' seed is ``attack_seed`` plus the case's, never that of the edit's adversary.
-    ``heads`` that are not given are located when a case needs them.
+    """What all cases share. ``heads`` that are not given are located when a case needs them.
 
     ``transferred``: the fresh attack on the unedited model, put before the edited model's answers; ``attacked``: one
     that is tuned against the edited model itself, with the same budget of steps and norm.
@@ -60,11 +60,8 @@ class EditTrialSettings:
     length: int = 5
     prefix_steps: int = 100
     attack_steps: int = 100
-    attack_seed: int = 7
     max_new_tokens: int = 64
     epochs: int = 3
-    lr: float = 1e-3
-    kl: float = 0.2
 
 
 class EditBench:
@@ -104,27 +101,22 @@ class EditBench:
             return load_delta(path)
         pairs = self.pairs.head(case.n_pairs or len(self.pairs))
         part = self.folder / f"part-{case.name}.safetensors"
-        features, request = self.features[: len(pairs)], self.request(case)
+        s, changes = self.settings, {"epochs": self.settings.epochs, **case.changes}
+        layers, length = changes.pop("layers", s.layers), case.length or s.length
+        request = EditRequest(case.method, layers, s.heads, s.official, case.seed, changes, length, s.prefix_steps)
+        features = self.features[: len(pairs)]
         delta, _ = fit_method(self.vlm, features, pairs, request, checkpoint=part, folder=self.folder)
         save_delta(delta, path)
         part.unlink(missing_ok=True)
         return delta
 
-    def request(self, case: EditCase) -> EditRequest:
-        """The case in the trial's settings."""
-        s = self.settings
-        changes = {"epochs": s.epochs, "lr": s.lr, "kl": s.kl, **case.changes}
-        layers, heads = tuple(changes.pop("layers", s.layers)), changes.pop("heads", s.heads)
-        length = case.length or s.length
-        return EditRequest(case.method, layers, heads, s.official, case.seed, changes, length, s.prefix_steps)
-
     def attack(self, case: EditCase) -> Prefix:
         """A fresh attack on the model as it is now (edited, inside ``applied``), on pairs that no edit has seen."""
-        s, answers = self.settings, (self.fresh["negative"].tolist(), self.fresh["positive"].tolist())
-        settings = adversary_preset("contrast", length=s.length, steps=s.attack_steps, seed=s.attack_seed + case.seed)
+        s, (negatives, positives) = self.settings, (self.fresh[k].tolist() for k in ("negative", "positive"))
+        settings = adversary_preset("contrast", length=s.length, steps=s.attack_steps, seed=ATTACK_SEED + case.seed)
 
         def tune() -> Prefix:
-            return fit_prefix(self.vlm, self.fresh_features, answers[0], settings, answers[1])[0]
+            return fit_prefix(self.vlm, self.fresh_features, negatives, settings, positives)[0]
 
         return kept_prefix(self.vlm, self.folder / f"attack-{case.name}.safetensors", tune)
 
@@ -156,7 +148,7 @@ class EditBench:
         return read_parquet(self._captions_path(case))
 
     def _captions_path(self, case: EditCase) -> Path:
-        return self.folder / f"{case.name}-told.parquet"
+        return self.folder / f"{case.name}-captions.parquet"
 
 
 def edit_trial(bench: EditBench, cases: Iterable[EditCase], given: dict[str, Delta] | None = None) -> pd.DataFrame:

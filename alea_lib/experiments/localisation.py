@@ -1,4 +1,5 @@
-"""Judge locators where the truth is known: on implanted models, how early does a locator name the implant's place?
+"""Judge locators: where the truth is known (implanted models) by how early one names the implant's place, elsewhere by
+their agreement with each other and with what acting on a place gains.
 
 A locator gives every place (a layer, or a layer and a head) a score, larger = more suspect. The truth is one place or
 several. Nothing here loads torch; see :mod:`alea_lib.zoo.implant_index` for the models.
@@ -8,63 +9,49 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import comb
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ..core.files import DataError, write_csv
 from ..core.stats import RESAMPLES, interval, resampled_sums
-from ..core.tables import read_csv
 
-TARGETS = {"layer": ["layer"], "head": ["layer", "head"]}  # columns that name a place
 LOCALISATION_KEYS = ("locator", "target", "model", "seed", "strength", "n_pairs")
 JUDGED = ("rank", "hit@1", "hit@2", "mrr")
 COSTS = ("forwards", "backwards", "seconds")
 LOCALISATION_COLUMNS = (*LOCALISATION_KEYS, *JUDGED, "recall@2", *COSTS)  # recall@2: absent with a single true place
-STRENGTHS = ("weak", "middle", "strong")
 
 
-def judge(scores: pd.DataFrame, truth: Iterable, target: str | None = None) -> pd.DataFrame:
-    """One row a locator: locator, target, places, rank, hit@1, hit@2, mrr and recall@2.
+def place_columns(scores: pd.DataFrame) -> list[str]:
+    """The columns that name a place."""
+    return ["layer", "head"] if "head" in scores else ["layer"]
+
+
+# ---- against the truth -----------------------------------------------------------------------------------------------
+
+
+def judge(scores: pd.DataFrame, truth: Iterable) -> pd.DataFrame:
+    """One row a locator: locator, target, rank, hit@1, hit@2, mrr and recall@2.
 
     ``scores``: locator, layer[, head], score, one row a place (averaged over pairs). ``truth``: layers, or (layer,
     head) tuples; of several true places the best-ranked counts. ``rank`` is the mean rank on ties (1 = best); a hit
     within k is the probability of one when ties are broken at random; mrr is 1 / rank. ``recall@2``: share of the
-    true places among the two highest scores, NaN when there is one place alone. DataError for a place that is
-    scored twice, never, or not finite.
+    true places among the two highest scores, NaN when there is one place alone. DataError for a score that is not
+    finite.
     """
-    target = target or ("head" if "head" in scores.columns else "layer")
-    columns = TARGETS[target]
-    _check_scores(scores, ["locator", *columns, "score"])
-    wanted = {_place(t, columns) for t in truth}
+    columns, wanted = place_columns(scores), list(truth)
+    if not np.isfinite(scores["score"]).all():
+        raise DataError("the scores are not finite: a locator failed, or its pairs are missing")
     rows = []
     for name, table in scores.groupby("locator", sort=False):
-        places = list(table[columns].itertuples(index=False, name=None))
-        if len(set(places)) < len(places):
-            raise DataError(f"{name}: a place is scored twice; average the scores over pairs first")
-        if not wanted or (missing := sorted(wanted - set(places))):
-            raise DataError(f"{name}: no score for the true place {missing if wanted else '(none given)'}")
-        true = np.array([p in wanted for p in places])
-        rows.append({"locator": name, "target": target, "places": len(places), **_judged(table["score"], true)})
+        places = table[columns].itertuples(index=False, name=None) if len(columns) > 1 else table["layer"]
+        true = np.array([place in wanted for place in places])
+        rows.append({"locator": name, "target": columns[-1], **_judged(table["score"].to_numpy(float), true)})
     return pd.DataFrame(rows)
 
 
-def _check_scores(scores: pd.DataFrame, columns: list[str]) -> None:
-    if missing := [c for c in columns if c not in scores.columns]:
-        raise DataError(f"the table of scores lacks {missing}; needed are {columns}, one row a place")
-    if scores.empty or not np.isfinite(scores["score"].to_numpy(float)).all():
-        raise DataError("the scores are empty or not finite: a locator failed, or its pairs are missing")
-
-
-def _place(place, columns: list[str]) -> tuple:
-    place = tuple(int(x) for x in place) if isinstance(place, (tuple, list)) else (int(place),)
-    if len(place) != len(columns):
-        raise DataError(f"the true place {place} must name {' and '.join(columns)}")
-    return place
-
-
-def _judged(score: pd.Series, true: np.ndarray) -> dict:
-    score = score.to_numpy(float)
+def _judged(score: np.ndarray, true: np.ndarray) -> dict:
     best = score[true].max()
     above, level = int((score > best).sum()), int((score == best).sum())
     among = int((true & (score == best)).sum())
@@ -136,60 +123,61 @@ def _over_models(values: list[np.ndarray], seed: int, n_resamples: int = RESAMPL
     return value, *interval(value, drawn)
 
 
-def kendall(a: pd.DataFrame, b: pd.DataFrame) -> float:
-    """Kendall's tau-b between two tables of scores of the same places (layer[, head], score): 1 = same order.
+def localisation_rows(judged: pd.DataFrame, **keys) -> pd.DataFrame:
+    """Rows of ``localisation.csv`` from ``judge`` and what they share: model, seed, strength, n_pairs and the costs.
+    Costs that were not counted are empty."""
+    return judged.assign(**keys).reindex(columns=list(LOCALISATION_COLUMNS))
 
-    NaN when one of them gives every place the same score. DataError when the places differ.
-    """
-    columns = TARGETS["head" if "head" in a.columns else "layer"]
-    for table in (a, b):
-        _check_scores(table, [*columns, "score"])
-        if table.duplicated(columns).any():
-            raise DataError("a place is scored twice: compare one locator, one model and one resample at a time")
-    both = a.merge(b, on=columns, how="outer", suffixes=("_a", "_b"))
-    if both[["score_a", "score_b"]].isna().any(axis=None):
-        raise DataError("the two tables score different places; compare the same model and target")
+
+def write_localisation(rows: pd.DataFrame, path: Path) -> None:
+    """Write the table, sorted by its key; DataError for a doubled one (resamples of pairs differ in ``seed``)."""
+    if rows.duplicated(list(LOCALISATION_KEYS)).any():
+        raise DataError(f"a doubled key; one row each of {', '.join(LOCALISATION_KEYS)}")
+    write_csv(rows.sort_values(list(LOCALISATION_KEYS), kind="stable"), path)
+
+
+# ---- beside each other -----------------------------------------------------------------------------------------------
+
+
+def kendall(a: pd.DataFrame, b: pd.DataFrame) -> float:
+    """Kendall's tau-b between two tables of scores of the same places (layer[, head], score): 1 = same order, NaN when
+    one of them gives every place the same score."""
+    both = a.merge(b, on=place_columns(a), suffixes=("_a", "_b"), validate="one_to_one")
     x, y = (np.sign(np.subtract.outer(v, v)) for v in both[["score_a", "score_b"]].to_numpy(float).T)
     size = np.sqrt((x**2).sum() * (y**2).sum())
     return float((x * y).sum() / size) if size else float("nan")
 
 
-def localisation_rows(judged: pd.DataFrame, **keys) -> pd.DataFrame:
-    """Rows of ``localisation.csv`` from ``judge`` and what they share: model, seed, strength, n_pairs and the costs.
+def agreement(means: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's tau between the orders in which locators put the places, [locator, locator].
 
-    Costs that were not counted are empty. DataError for an unknown column or a row that breaks the schema.
+    ``means``: locator, layer (, head), score. Locators that score all places alike have no order and are left out.
     """
-    if unknown := sorted(set(keys) - set(LOCALISATION_COLUMNS)):
-        raise DataError(f"unknown column {unknown}; the table has {', '.join(LOCALISATION_COLUMNS)}")
-    return check_localisation(judged.assign(**keys).reindex(columns=list(LOCALISATION_COLUMNS)))
+    tables = {name: part.drop(columns="locator") for name, part in means.groupby("locator", sort=False)}
+    tables = {name: part for name, part in tables.items() if part["score"].nunique() > 1}
+    taus = {a: {b: kendall(x, y) for b, y in tables.items()} for a, x in tables.items()}
+    return pd.DataFrame(taus).rename_axis(index="locator", columns="locator")
 
 
-def check_localisation(rows: pd.DataFrame) -> pd.DataFrame:
-    """The table itself if it keeps the schema; DataError if not. The keys are unique but for resamples of pairs,
-    which differ in ``seed``."""
-    if list(rows.columns) != list(LOCALISATION_COLUMNS):
-        raise DataError(f"the columns are {list(rows.columns)}; needed are {list(LOCALISATION_COLUMNS)}")
-    if rows.empty:
-        raise DataError("the localisation table is empty")
-    for column, known in (("target", tuple(TARGETS)), ("strength", STRENGTHS)):
-        if odd := sorted(set(rows[column]) - set(known)):
-            raise DataError(f"{column} is {odd}; it must be one of {', '.join(known)}")
-    if rows[list(LOCALISATION_KEYS)].isna().any(axis=None) or rows.duplicated(list(LOCALISATION_KEYS)).any():
-        raise DataError(f"an empty or doubled key; one row each of {', '.join(LOCALISATION_KEYS)}")
-    values = rows[list(JUDGED)].to_numpy(float)
-    shares = rows[["hit@1", "hit@2", "mrr", "recall@2"]].to_numpy(float)
-    if not np.isfinite(values).all() or (rows["rank"] < 1).any() or ((shares < 0) | (shares > 1)).any():
-        raise DataError("rank must be 1 or more, hit@1, hit@2, mrr and recall@2 between 0 and 1")
-    return rows
+def tau_with(means: pd.DataFrame, benefit: pd.DataFrame) -> pd.Series:
+    """Kendall's tau of each locator's order with the gain of acting on a place, largest first.
+
+    ``benefit``: place (a layer's number), metric, value; the gain is the fall of CHAIRs.
+    """
+    gain = benefit[benefit["metric"] == "chair_s"]
+    gain = pd.DataFrame({"layer": gain["place"].astype(int), "score": -gain["value"]})
+    taus = {name: kendall(part, gain) for name, part in means.groupby("locator", sort=False)}
+    return pd.Series(taus, name="Kendall's tau with the gain").dropna().sort_values(ascending=False, kind="stable")
 
 
-def write_localisation(rows: pd.DataFrame, path) -> None:
-    """Check the table, sort it by its key and write it."""
-    write_csv(check_localisation(rows).sort_values(list(LOCALISATION_KEYS), kind="stable"), path)
+def named_places(scores: pd.DataFrame, index: pd.DataFrame) -> pd.DataFrame:
+    """Which layer each locator puts first on models with one implanted layer: locator, model, true, named, share.
 
-
-def read_localisation(path) -> pd.DataFrame:
-    """Read and check a localisation table."""
-    rows = read_csv(path)
-    numbers = rows.columns.intersection([*JUDGED, "recall@2", *COSTS])  # a column of empty cells is read as text
-    return check_localisation(rows.assign(**{c: pd.to_numeric(rows[c], errors="coerce") for c in numbers}))
+    ``scores``: model, locator, layer, score; ``index``: name, layers. Ties share the model between the layers.
+    """
+    true = {row.name: row.layers[0] for row in index.itertuples(index=False) if len(row.layers) == 1}
+    scores = scores[scores["model"].isin(true)]
+    first = scores[scores.groupby(["model", "locator"])["score"].transform("max") == scores["score"]]
+    ties = first.groupby(["model", "locator"])["score"].transform("size")
+    found = first.assign(true=first["model"].map(true), named=first["layer"], share=1 / ties)
+    return found[["locator", "model", "true", "named", "share"]].reset_index(drop=True)

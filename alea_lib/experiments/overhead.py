@@ -22,18 +22,16 @@ class CostSettings:
     """``batches`` of ``batch`` images each, from the first of the test split; ``tokens``: every answer is written to
     this length, so that no method gains by saying less."""
 
-    batches: int = 4
-    batch: int = 16
-    tokens: int = 24
+    batches: int
+    batch: int
+    tokens: int
 
 
-def baseline_cost(
-    setup: EvaluationSetup, baselines: dict[str, Baseline], s: CostSettings = CostSettings()
-) -> pd.DataFrame:
+def baseline_cost(setup: EvaluationSetup, baselines: dict[str, Baseline], s: CostSettings) -> pd.DataFrame:
     """Columns method, batch, base_seconds, seconds (each a token), relative, base_mib, mib (peak over what was held
     before). Base and (fitted) baselines take turns over the same batches."""
     rows, vlm, test = [], setup.vlm, setup.test.features
-    ready = {name: setup.with_views(b, setup.test) for name, b in baselines.items() if b.kind != "after"}
+    ready = {name: setup.test.with_views(b) for name, b in baselines.items() if b.kind != "after"}
     _seconds(vlm, test[: s.batch], None, s)  # the first pass is slow
     for i in range(s.batches):
         features = test[i * s.batch : (i + 1) * s.batch]

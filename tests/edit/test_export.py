@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import shutil
 
-import pandas as pd
 import pytest
 import torch
 from conftest import build_tiny
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from alea_lib.edit import export
-from alea_lib.edit.export import export_adapter, export_checkpoint, stored_name, write_edit_card
+from alea_lib.edit.export import export_adapter, export_checkpoint, stored_name
 from alea_lib.edit.fit import fit_edit
 from alea_lib.edit.settings import EditSettings, preset
 from alea_lib.models import checkpoint
@@ -177,15 +176,6 @@ def test_a_run_on_a_full_disk_keeps_its_last_checkpoint(tiny, seen, told, tmp_pa
         fit_edit(tiny, seen, told, None, settings, path)
     resumed, curve = fit_edit(tiny, seen, told, None, settings, path)
     assert all(torch.equal(resumed.weights[n], w) for n, w in whole.weights.items()) and len(curve) == 6
-
-
-def test_card_is_filled_from_the_run(kind, tmp_path):
-    _, delta = kind
-    row = {"benchmark": "chair", "metric": "chair_s", "value": 0.25, "lo": 0.2, "hi": 0.31, "n": 500}
-    text = write_edit_card(tmp_path, delta, pd.DataFrame([row]), "abc123").read_text()
-    assert "| chair | chair_s | 0.250 | 0.200 to 0.310 | 500 |" in text and "`abc123`" in text
-    assert f"base_model: {delta.info['model']}" in text and all(h in text for h in delta.base.values())
-    assert "| lr | " in text and "Measured" not in write_edit_card(tmp_path, delta).read_text()
 
 
 def test_presets_ready_to_ship():

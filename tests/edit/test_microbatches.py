@@ -9,9 +9,8 @@ from conftest import build_tiny
 
 from alea_lib.adversary.prefix import PrefixSettings, adversary_preset, fit_prefix, random_prefix
 from alea_lib.edit.fit import _Run, fit_edit
-from alea_lib.edit.losses import CachedForward, Reference
+from alea_lib.edit.losses import CachedForward, Reference, SpillCache, scratch
 from alea_lib.edit.settings import EditSettings
-from alea_lib.edit.spill import SpillCache, scratch
 from alea_lib.edit.trained import trained
 from alea_lib.models.batch import Limits, loss_scale, scale_gradient
 from alea_lib.models.cached_forward import Cached
@@ -56,7 +55,7 @@ def test_an_edit_in_pieces_has_the_gradient_of_the_whole(vlm, seen, told, most):
 
 @pytest.mark.parametrize("kind, most", [("contrast", 1), ("contrast", 2), ("imitation", 4)])
 def test_an_adversary_in_pieces_is_the_same(vlm, seen, told, kind, most):
-    settings = adversary_preset(kind, length=3, steps=2, batch=5, attention=0.2, lr=1e-3)
+    settings = adversary_preset(kind, length=3, steps=2, batch=5, lr=1e-3)
     want, curve = fit_prefix(vlm, seen, told, settings, told[::-1])
     vlm.limits = Limits(train=most)
     found, same = fit_prefix(vlm, seen, told, settings, told[::-1])
@@ -90,7 +89,7 @@ def test_what_is_kept_in_files_gives_the_same_bits(vlm, seen, told, tmp_path, li
     assert limit is None or held.bytes <= limit
     assert (len(held.far) > 0) == (files and limit is not None)
     if limit is None or files:
-        assert len(held) == 3 * 6  # positives under two conditions, negatives under one
+        assert len(held.near) + len(held.far) == 3 * 6  # positives under two conditions, negatives under one
 
 
 def test_a_whole_edit_leaves_no_files(vlm, seen, told, tmp_path):
@@ -117,10 +116,10 @@ def test_the_reference_too(vlm, seen, told, tmp_path):
 def test_kept_by_hand(tmp_path):
     item = Cached(torch.arange(6.0).reshape(2, 3).half(), torch.tensor([7]), torch.tensor([True, False]))
     held = SpillCache(limit=30, folder=tmp_path / "kept")
-    held.put("a", item)  # 12 + 8 + 2 bytes
+    held.put(("a", 1), item)  # 12 + 8 + 2 bytes
     held.put(("b", 1), item)
-    held.put("c", torch.ones(2))
-    assert held.bytes == 30 and set(held.near) == {"a", "c"} and set(held.far) == {("b", 1)}
+    held.put(("c", 1), Cached(torch.ones(2), torch.empty(0)))
+    assert held.bytes == 30 and set(held.near) == {("a", 1), ("c", 1)} and set(held.far) == {("b", 1)}
     found = held[("b", 1)]
     assert torch.equal(found.states, item.states) and found.states.dtype == torch.float16
     assert torch.equal(found.scored, item.scored) and found.activation is None

@@ -7,15 +7,19 @@ from alea_lib.models.memory import kl_reference_bytes
 
 
 def test_loops_agree_and_the_frozen_part_pays():
-    table = bench_steps(Bench(layers=8, width=64, heads=4, items=24, batch=8, words=12, repeats=2), edited=(1, 4))
-    assert table["loop"].tolist() == ["official", "plain", "fast"] * 2 and table["edited"].tolist() == [1] * 3 + [4] * 3
+    table = bench_steps(Bench(layers=8, width=64, heads=4, items=24, batch=8, words=12, repeats=2))
+    assert table["loop"].tolist() == ["official", "plain", "fast"] * 3 and table["edited"].unique().tolist() == [
+        1,
+        2,
+        4,
+    ]
     assert table["gradient"].max() < 1e-5
     fast = table[table["loop"] == "fast"].set_index("edited")
     assert fast.loc[1, "speedup"] > 2 and (fast["capture"] > 0).all()
     assert (table["amortised"] >= table["seconds"] - 1e-3).all()
     assert (table["speedup_lo"] <= table["speedup"]).all() and (table["speedup"] <= table["speedup_hi"]).all()
     assert (table.loc[table["loop"] == "official", ["speedup_lo", "speedup_hi"]] == 1).all(axis=None)
-    assert fast.loc[4, "predicted"] == predicted_speedup(8, 4) and table["predicted"].notna().sum() == 2
+    assert fast.loc[4, "predicted"] == predicted_speedup(8, 4) and table["predicted"].notna().sum() == 3
 
 
 def test_prediction():

@@ -15,7 +15,7 @@ from alea_lib.experiments.edits import EditBench, EditCase, EditTrialSettings, e
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.delta import applied
 
-SHORT = EditTrialSettings(layers=(1, 2), prefix_steps=2, attack_steps=2, max_new_tokens=6, epochs=1, lr=1e-2)
+SHORT = EditTrialSettings(layers=(1, 2), prefix_steps=2, attack_steps=2, max_new_tokens=6, epochs=1)
 
 
 def table(ids):

@@ -6,11 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from alea_lib.core.files import DataError
 from alea_lib.experiments import locators
-from alea_lib.experiments.benefit import edit_benefit, knockout_benefit
-from alea_lib.experiments.localisation import check_localisation
-from alea_lib.experiments.locators import TrialSettings, locator_trial, mean_scores, true_places
+from alea_lib.experiments.locators import TrialSettings, edit_benefit, knockout_benefit, locator_trial, mean_scores
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.hooks import replaced_linear
 
@@ -58,7 +55,7 @@ def test_a_trial_of_layers(tiny, seen, scene, subjects, bits):
     before = bits(tiny)
     found = locator_trial(tiny, ["layer1", "layer3"], split, seen, truth, settings)
     assert bits(tiny) == before
-    rows = check_localisation(found.rows)
+    rows = found.rows
     views = {f"{n}, object" for n in locators.STATES}
     assert set(rows["locator"]) == {*names, *views, "official"}
     assert len(rows) == 2 * 3 * (len(names) + len(views) + 1)  # models, the pairs and two resamples, locators
@@ -94,18 +91,9 @@ def test_a_trial_of_heads(tiny, seen, scene, subjects):
     found = locator_trial(tiny, ["head2.1"], split, seen, truth, settings)
     assert set(found.rows["target"]) == {"head"} and len(found.rows) == 4
     assert len(found.scores) == 2 * tiny.n_layers * tiny.n_heads
-    with pytest.raises(DataError, match="layer1: an implant in a down-projection has no true head"):
-        locator_trial(tiny, ["layer1"], split, seen, truth, settings)
-
-
-def test_unknown_implants_are_named_before_any_model_runs(tiny, seen, scene, subjects):
-    with pytest.raises(KeyError, match="no implants .*layer9"):
-        locator_trial(tiny, ["layer1", "layer9"], *scene[:1], seen, scene[1], TrialSettings())
-
-
-def test_true_places_by_hand():
-    row = pd.Series({"layers": (2,), "heads": (0, 4)}, name="x")
-    assert true_places(row, "layer") == [2] and true_places(row, "head") == [(2, 0), (2, 4)]
+    first = found.rows[(found.rows["seed"] == 0) & (found.rows["locator"] == "gradient")]
+    scores = found.scores[found.scores["locator"] == "gradient"].set_index(["layer", "head"])["score"]
+    assert first["rank"].item() == scores.rank(ascending=False)[2, 1]
 
 
 def test_mean_scores_by_hand():
