@@ -5,33 +5,19 @@ o is a head's output before ``o_proj``, [D/H] a position. Contrast: see :mod:`al
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from .evidence import Evidence, head_locator
 from .layers import PAPER, outlying, same_for_all
-from .registry import head_locator
 
-if TYPE_CHECKING:
-    from .evidence import Evidence
-
-
-@head_locator(
-    "zero-ablation", needs=("head-ablation",), cost=lambda L, H: 2 + H * (L + 1), symmetry="odd",
-    formula="contrast - contrast($o = 0$)", source="AD-HH",
+head_locator(
+    "zero-ablation", lambda e: e["head-ablation"]["effect"], needs=("head-ablation",),
+    cost=lambda L, H: 2 + H * (L + 1), symmetry="odd", formula="contrast - contrast($o = 0$)", source="AD-HH",
 )  # fmt: skip
-def zero_ablation(e: Evidence) -> np.ndarray:
-    """Fall of the wrong objects' probability without the head, minus that of the truthful ones'."""
-    return e["head-ablation"]["effect"]
-
-
-@head_locator(
-    "gradient", needs=("head-gradient",), cost=2, backward=2, symmetry="odd",
+head_locator(
+    "gradient", lambda e: e["head-gradient"]["effect"], needs=("head-gradient",), cost=2, backward=2, symmetry="odd",
     formula=r"$\langle \nabla_o \mathrm{contrast}, o \rangle$", source="first-order form of zero-ablation",
 )  # fmt: skip
-def gradient(e: Evidence) -> np.ndarray:
-    """<gradient, head output>, summed over positions."""
-    return e["head-gradient"]["effect"]
 
 
 @head_locator(
@@ -44,22 +30,16 @@ def route(e: Evidence) -> np.ndarray:
     return np.minimum(e["head-gradient"]["text"], -e["head-gradient"]["image"])
 
 
-@head_locator(
-    "vhd", needs=("blind-heads",), image=True, cost=4, symmetry="even",
+# the less a head's output changes when the image is hidden, the more suspect
+head_locator(
+    "vhd", lambda e: -e["blind-heads"]["divergence"], needs=("blind-heads",), image=True, cost=4, symmetry="even",
     formula=r"$-\|o - o_{\mathrm{no\ image}}\|$, outlying tokens dropped", source="VHR: vision-aware head divergence",
 )  # fmt: skip
-def vhd(e: Evidence) -> np.ndarray:
-    """The less a head's output changes when the image is hidden, the more suspect."""
-    return -e["blind-heads"]["divergence"]
-
-
-@head_locator(
-    "image-attention", needs=("attention",), image=True, cost=2, symmetry="even",
-    formula=r"$-\sum_{k \in image} a_k$", source="VAR, IAF: share of attention on the image",
+# the less a head looks at the image while the answers are read, the more suspect
+head_locator(
+    "image-attention", lambda e: -e["attention"]["mass"].mean(1), needs=("attention",), image=True, cost=2,
+    symmetry="even", formula=r"$-\sum_{k \in image} a_k$", source="VAR, IAF: share of attention on the image",
 )  # fmt: skip
-def image_attention(e: Evidence) -> np.ndarray:
-    """The less a head looks at the image while the answers are read, the more suspect."""
-    return -e["attention"]["mass"].mean(1)
 
 
 @head_locator(

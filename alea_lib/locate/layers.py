@@ -6,15 +6,11 @@ the mean (log-)probability of the negative's wrong objects minus that of the pos
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from .registry import layer_locator
+from .evidence import Evidence, layer_locator
 
-if TYPE_CHECKING:  # loads torch, which the table of locators must not
-    from .evidence import Evidence
-
+TOP = 4  # directions of the singular value decomposition (Nullu)
 PAPER = "ALEAHallu (arXiv 2512.21999)"
 
 
@@ -33,28 +29,19 @@ def _relative(e: Evidence) -> np.ndarray:
     return np.divide(distance, norm, out=np.zeros_like(distance), where=norm > 0)
 
 
-@layer_locator("raw-l2", needs=("states",), cost=2, symmetry="even", formula="$|d|$", source=f"{PAPER}, official code")
-def raw_l2(e: Evidence) -> np.ndarray:
-    """|p - n|: the paper's distance (the official code feeds it padded text without the image)."""
-    return e["states"]["geometry"][:, 1:, 0]
-
-
-@layer_locator(
-    "cosine", needs=("states",), cost=2, symmetry="even",
+# the official code feeds the distance padded text without the image
+layer_locator(
+    "raw-l2", lambda e: e["states"]["geometry"][:, 1:, 0], needs=("states",), cost=2, symmetry="even",
+    formula="$|d|$", source=f"{PAPER}, official code",
+)  # fmt: skip
+layer_locator(
+    "cosine", lambda e: 1 - e["states"]["geometry"][:, 1:, 2], needs=("states",), cost=2, symmetry="even",
     formula=r"$1 - \cos(p, n)$", source="this study: direction alone",
 )  # fmt: skip
-def cosine(e: Evidence) -> np.ndarray:
-    """1 - cosine of the two states."""
-    return 1 - e["states"]["geometry"][:, 1:, 2]
-
-
-@layer_locator(
-    "increment", needs=("states",), cost=2, symmetry="even",
+layer_locator(
+    "increment", lambda e: np.diff(_relative(e), axis=1), needs=("states",), cost=2, symmetry="even",
     formula=r"$r_l - r_{l-1}$, $r$ the relative L2", source="this study: where the distance is made, not where it is",
 )  # fmt: skip
-def increment(e: Evidence) -> np.ndarray:
-    """Growth of the relative distance in a layer; the first layer is compared with the input embeddings."""
-    return np.diff(_relative(e), axis=1)
 
 
 @layer_locator(
@@ -100,11 +87,11 @@ def shrinkage(x: np.ndarray, values: np.ndarray) -> float:
 )  # fmt: skip
 def svd_energy(e: Evidence) -> np.ndarray:
     """Energy of a pair's difference in the top-k subspace; the mean over pairs is the top-k share of all energy."""
-    k, s = e.settings.top_k, e["states"]
+    s = e["states"]
 
     def energy(p: np.ndarray, n: np.ndarray) -> np.ndarray:
         d = n - p
-        top = np.linalg.svd(d, full_matrices=False)[2][:k]
+        top = np.linalg.svd(d, full_matrices=False)[2][:TOP]
         return ((d @ top.T) ** 2).sum(1) / max((d**2).sum(1).mean(), 1e-30)
 
     return _by_layer(energy, s["positive"], s["negative"])
@@ -115,8 +102,7 @@ def svd_energy(e: Evidence) -> np.ndarray:
     formula="accuracy of a ridge probe on the pair left out", source="linear probing",
 )  # fmt: skip
 def probe(e: Evidence) -> np.ndarray:
-    """Share of a pair's two answers that a linear probe tells right which was trained on all other pairs (0, 1/2,
-    1)."""
+    """Share of a pair's answers that a linear probe trained on all other pairs tells right (0, 1/2, 1)."""
     s = e["states"]
     return _by_layer(left_out, s["positive"], s["negative"])
 
@@ -139,33 +125,20 @@ def left_out(p: np.ndarray, n: np.ndarray, ridge: float = 1.0) -> np.ndarray:
     return right
 
 
-@layer_locator(
-    "tracing", needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1), symmetry="odd",
-    formula="contrast(grey image, MLP$_l$ restored) - contrast(grey image), of $p$",
+layer_locator(
+    "tracing", lambda e: e["tracing"]["effect"], needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1),
+    symmetry="odd", formula="contrast(grey image, MLP$_l$ restored) - contrast(grey image), of $p$",
     source="causal tracing (Meng et al. 2022)",
 )  # fmt: skip
-def tracing(e: Evidence) -> np.ndarray:
-    """Indirect effect of the layer's MLP on the probability of the wrong against the truthful objects."""
-    return e["tracing"]["effect"]
-
-
-@layer_locator(
-    "ablation", needs=("mlp-ablation",), cost=lambda L, H: 2 + (L + 1), symmetry="odd",
-    formula=r"contrast - contrast(MLP$_l$ ablated), of $\log p$", source="this study: the causal form",
+layer_locator(
+    "ablation", lambda e: e["mlp-ablation"]["effect"], needs=("mlp-ablation",), cost=lambda L, H: 2 + (L + 1),
+    symmetry="odd", formula=r"contrast - contrast(MLP$_l$ ablated), of $\log p$", source="this study: the causal form",
 )  # fmt: skip
-def ablation(e: Evidence) -> np.ndarray:
-    """How much more the wrong objects lose than the truthful ones when the layer's MLP is ablated."""
-    return e["mlp-ablation"]["effect"]
-
-
-@layer_locator(
-    "gradient", needs=("mlp-gradient",), cost=2, backward=2, symmetry="odd",
+layer_locator(
+    "gradient", lambda e: e["mlp-gradient"]["effect"], needs=("mlp-gradient",), cost=2, backward=2, symmetry="odd",
     formula=r"$\langle \nabla_{m_l} \mathrm{contrast}, m_l \rangle$, $m_l$ the MLP's output, of $\log p$",
     source="attribution patching: the first-order form of ablation",
 )  # fmt: skip
-def gradient(e: Evidence) -> np.ndarray:
-    """Activation times gradient of the MLP's output."""
-    return e["mlp-gradient"]["effect"]
 
 
 @layer_locator(
@@ -186,28 +159,15 @@ def same_for_all(e: Evidence, scores: np.ndarray) -> np.ndarray:
     return np.tile(np.asarray(scores, dtype=float), (len(e.pairs), *[1] * np.ndim(scores)))
 
 
-@layer_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")
-def random(e: Evidence) -> np.ndarray:
-    """One random order of the layers."""
-    return same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers))
-
-
-@layer_locator("first", symmetry="even", formula="$-l$", source="control")
-def first(e: Evidence) -> np.ndarray:
-    """The shallower, the more suspect."""
-    return same_for_all(e, -np.arange(e.vlm.n_layers))
-
-
-@layer_locator("last", symmetry="even", formula="$l$", source="control")
-def last(e: Evidence) -> np.ndarray:
-    """The deeper, the more suspect."""
-    return same_for_all(e, np.arange(e.vlm.n_layers))
-
-
-@layer_locator("all", symmetry="even", formula="0", source="control")
-def every(e: Evidence) -> np.ndarray:
-    """All layers alike."""
-    return same_for_all(e, np.zeros(e.vlm.n_layers))
+layer_locator(
+    "random", lambda e: same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers)),
+    symmetry="even", formula="a random order, the same for every pair", source="control",
+)  # fmt: skip
+for _name, _formula, _sign in (("first", "$-l$", -1), ("last", "$l$", 1), ("all", "0", 0)):
+    layer_locator(
+        _name, lambda e, sign=_sign: same_for_all(e, sign * np.arange(e.vlm.n_layers)),
+        symmetry="even", formula=_formula, source="control",
+    )  # fmt: skip
 
 
 @layer_locator(

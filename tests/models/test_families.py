@@ -272,8 +272,8 @@ def test_locators_run(vlm, features):
 
 def test_an_answer_site_ablation_by_hand(vlm, features):
     """The tail passes of the locator, which keep keys and values of the prompt, equal passes over all positions."""
+    from alea_lib.locate.causal import Probed
     from alea_lib.locate.evidence import Evidence, Work
-    from alea_lib.locate.probed import Probed
 
     work = Work(Evidence(vlm, features, PAIRS, LocateSettings(sites="answer")), np.arange(3))
     probed = Probed(work)
