@@ -59,10 +59,8 @@ class Batch:
 
     def without_images(self, rows: torch.Tensor) -> Batch:
         """Some rows, without their features: what :meth:`VLM.hidden` may be given for them."""
-        ids, mask, labels, question, answer = (
-            x[rows] for x in (self.ids, self.mask, self.labels, self.question, self.answer)
-        )
-        return Batch(ids, mask, labels, self.features[:0], question, answer)
+        picked = {name: getattr(self, name)[rows] for name in ("ids", "mask", "labels", "question", "answer")}
+        return Batch(features=self.features[:0], **picked)
 
     @property
     def target_mask(self) -> torch.Tensor:

@@ -58,7 +58,7 @@ def factors_delta(vlm: VLM, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
 
 
 def identity(vlm: VLM) -> dict[str, str]:
-    """Which model a delta belongs to: the key it was loaded by, the hub's revision, and a hash of its shapes."""
+    """Which model a delta belongs to: the key it was loaded by, the hub's revision, and a hash of its configuration."""
     return {"model": vlm.key, "revision": vlm.revision, "config": config_hash(vlm.model.config)}
 
 
@@ -94,16 +94,16 @@ def applied(vlm: VLM, delta: Delta | None, verified: bool = False) -> Iterator[V
     """
     if delta and not verified:
         verify(vlm, delta)
-    saved: dict[str, torch.Tensor] = {}
+    saved = []
     try:
         for name, change in delta.weights.items() if delta else ():
             weight = vlm.model.get_submodule(name).weight
-            saved[name] = weight.detach().clone()
+            saved.append((weight, weight.detach().clone()))
             weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
         yield vlm
     finally:
-        for name, original in saved.items():
-            vlm.model.get_submodule(name).weight.data = original
+        for weight, original in saved:
+            weight.data = original
 
 
 def scaled(delta: Delta, strength: float, names: Iterable[str] | None = None) -> Delta:

@@ -15,20 +15,12 @@ class ObjectToken(NamedTuple):
     token: int
 
 
-def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[ObjectToken]:
-    """The objects of an answer in reading order, with the first token of each one's word.
+def object_tokens(vlm: VLM, answer: str) -> list[ObjectToken]:
+    """The objects of an answer in reading order, with the first token of each one's word ("hot dog": of its first).
 
-    The tokens are those of ``VLM.encode``; words of several tokens (byte pairs, "hot dog") are met at their first. A
-    fast tokenizer's offsets say where a token lies; without them the lengths of growing beginnings of the text do.
+    Tokens are those of ``VLM.encode``, found by the offsets of the (fast) tokenizer.
     """
     text, before = vlm.answer_text(answer)
-    found = mentions(text, family)
-    if not found:
-        return []
-    if vlm.tokenizer.is_fast:
-        spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        first = [next(i for i, (_, end) in enumerate(spans) if end > m.start) for m in found]
-    else:  # a blank belongs to the word after it
-        texts = [text[: m.start].rstrip() for m in found]
-        first = [len(vlm.tokenizer(t, add_special_tokens=False)["input_ids"]) for t in texts]
-    return [ObjectToken(m.category, at - before) for m, at in zip(found, first)]
+    spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    first = [(m.category, next(i for i, (_, end) in enumerate(spans) if end > m.start)) for m in mentions(text)]
+    return [ObjectToken(category, at - before) for category, at in first]
