@@ -119,7 +119,7 @@ def texts_of(vlm, batch):
 def test_what_the_model_sees(tiny, seen, prompt, image):
     answers = ["There is a cup.", "There are two cups with an apple."]
     batch = encode(tiny, seen[:2], answers, LocateSettings(prompt=prompt, image=image))
-    chat = tiny.chat(tiny.prompt(prompt)).replace("<image>", "") if prompt else ""
+    chat = tiny.row.ask(tiny.prompt(prompt)).replace("<image>", "") if prompt else ""
     assert texts_of(tiny, batch) == [(f"<s>{chat} {a}", 36 * image) for a in answers]
     for i, answer in enumerate(answers):
         own = batch.ids[i][batch.labels[i] != -100]

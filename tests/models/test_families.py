@@ -95,7 +95,7 @@ def test_prompts_are_those_of_the_processor(made, images, features):
     """Token for token. Processors that also take videos need torchvision; they repeat the image token in the text."""
     vlm, places = made
     for question, image in zip(QUESTIONS, images):
-        text = vlm.chat(question)
+        text = vlm.row.ask(question)
         if callable(vlm.processor):
             # some processors write image, first token and line end themselves
             text = text.removeprefix("<image>").removesuffix("\n") if text.startswith("<image>") else text
@@ -125,7 +125,7 @@ def test_an_answer_is_tokenised_as_after_its_prompt(vlm, features):
     """Prompt and answer tokenised apart are what they are together, blank or line end between them."""
     batch = vlm.encode(features, QUESTIONS, ANSWERS, eos=False)
     for i, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
-        whole = vlm.tokenizer(f"{vlm.chat(question)}{vlm.row.lead}{answer}", add_special_tokens=False)["input_ids"]
+        whole = vlm.tokenizer(f"{vlm.row.ask(question)}{vlm.row.lead}{answer}", add_special_tokens=False)["input_ids"]
         ours = batch.ids[i][batch.mask[i] == 1].tolist()
         assert ours[-20:] == whole[-20:] and whole[-20:].index(vlm.answer_ids(answer, False)[0]) < 20
 
