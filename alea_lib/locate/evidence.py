@@ -98,34 +98,18 @@ class Work:
         self.texts = (part["positive"].tolist(), part["negative"].tolist(), part["wrong"].tolist())
         features = torch.cat([evidence.features[torch.as_tensor(rows)]] * 2)
         self.batch = encode(self.vlm, features, self.texts[0] + self.texts[1], self.settings)
-        self.final: torch.Tensor | None = None  # what the plain pass ends in, after the last norm
-
-    @cached_property
-    def embeds(self) -> torch.Tensor:
-        """[2n,T,D]."""
+        self.image = self.batch.ids == self.vlm.image_id  # [2n,T] bool: image positions
         with torch.no_grad():
-            return self.vlm.embed(self.batch)
-
-    @cached_property
-    def weight(self) -> torch.Tensor:
-        """[2n,T]: positions whose states are compared."""
-        return pooling_weights(self.vlm, self.batch, *self.texts, self.settings)
+            self.embeds = self.vlm.embed(self.batch)  # [2n,T,D]
+        # [2n,T]: positions whose states are compared; [2n,R]: those with a weight in order, short rows filled up
+        self.weight = pooling_weights(self.vlm, self.batch, *self.texts, self.settings)
+        width = int((self.weight > 0).sum(1).max())
+        self.positions = (self.weight > 0).long().topk(width, dim=1).indices.sort(dim=1).values
 
     @cached_property
     def contrast(self) -> torch.Tensor:
         """[2n,T]: label positions of the objects that causal locators compare."""
         return contrast_weights(self.vlm, self.batch, *self.texts, self.settings)
-
-    @cached_property
-    def image(self) -> torch.Tensor:
-        """[2n,T] bool: image positions."""
-        return self.batch.ids == self.vlm.image_id
-
-    @cached_property
-    def positions(self) -> torch.Tensor:
-        """[2n,R]: positions with a pooling weight, in order (short rows are filled up with positions of weight 0)."""
-        width = int((self.weight > 0).sum(1).max())
-        return (self.weight > 0).long().topk(width, dim=1).indices.sort(dim=1).values
 
     def pooled(self, x: torch.Tensor) -> torch.Tensor:
         """x [2n,T,...] -> its weighted mean over positions [2n,...], fp32 on the CPU."""
@@ -185,7 +169,7 @@ class Evidence:
         with counted(self.vlm) as count:
             for start in tqdm(range(0, len(self.pairs), size), desc=f"locate: {progress}", leave=False):
                 work = Work(self, np.arange(start, min(start + size, len(self.pairs))))
-                found_by = _listened(work, needs) if needs[0] in READERS else {needs[0]: PASSES[needs[0]](work)}
+                found_by = _plain_pass(work, needs) if needs[0] in READERS else {needs[0]: PASSES[needs[0]](work)}
                 for need, found in found_by.items():
                     for key, value in found.items():
                         parts.setdefault((need, key), []).append(value.detach().float().cpu())
@@ -198,7 +182,7 @@ class Evidence:
 
 
 @torch.no_grad()
-def _listened(work: Work, readers: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+def _plain_pass(work: Work, readers: list[str]) -> dict[str, dict[str, torch.Tensor]]:
     """What readers find in one plain pass."""
     out: dict[str, dict[str, torch.Tensor]] = {name: {} for name in readers}
     with ExitStack() as stack:

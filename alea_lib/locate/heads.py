@@ -1,4 +1,4 @@
-"""LOCATE, heads: one function a locator, evidence in, scores [N,L,H] out, larger = more suspect.
+"""LOCATE, heads: one row a locator, evidence in, scores [N,L,H] out, larger = more suspect.
 
 o is a head's output before ``o_proj``, [D/H] a position. Contrast: see :mod:`alea_lib.locate.layers`; here of p.
 """
@@ -18,18 +18,13 @@ head_locator(
     "gradient", lambda e: e["head-gradient"]["effect"], needs=("head-gradient",), cost=2, backward=2, symmetry="odd",
     formula=r"$\langle \nabla_o \mathrm{contrast}, o \rangle$", source="first-order form of zero-ablation",
 )  # fmt: skip
-
-
-@head_locator(
-    "route", needs=("head-gradient",), image=True, cost=2, backward=2, symmetry="none",
+# positive exactly where the signature of hallucination holds: what the head takes from the image speaks against the
+# wrong objects, what it takes from the text for them (image < 0 < text)
+head_locator(
+    "route", lambda e: np.minimum(e["head-gradient"]["text"], -e["head-gradient"]["image"]), needs=("head-gradient",),
+    image=True, cost=2, backward=2, symmetry="none",
     formula=r"$\min(\langle \nabla, o_{text} \rangle, -\langle \nabla, o_{image} \rangle)$", source="CRG",
 )  # fmt: skip
-def route(e: Evidence) -> np.ndarray:
-    """Positive exactly where the signature of hallucination holds: what the head takes from the image speaks against
-    the wrong objects, what it takes from the text for them (image < 0 < text)."""
-    return np.minimum(e["head-gradient"]["text"], -e["head-gradient"]["image"])
-
-
 # the less a head's output changes when the image is hidden, the more suspect
 head_locator(
     "vhd", lambda e: -e["blind-heads"]["divergence"], needs=("blind-heads",), image=True, cost=4, symmetry="even",
@@ -40,15 +35,11 @@ head_locator(
     "image-attention", lambda e: -e["attention"]["mass"].mean(1), needs=("attention",), image=True, cost=2,
     symmetry="even", formula=r"$-\sum_{k \in image} a_k$", source="VAR, IAF: share of attention on the image",
 )  # fmt: skip
-
-
-@head_locator(
-    "output-difference", needs=("heads",), cost=2, symmetry="even",
-    formula=r"$\|o_n - o_p\|$, pooled", source=f"{PAPER}: its distance, head by head",
+head_locator(
+    "output-difference", lambda e: np.linalg.norm(e["heads"]["negative"] - e["heads"]["positive"], axis=-1),
+    needs=("heads",), cost=2, symmetry="even", formula=r"$\|o_n - o_p\|$, pooled",
+    source=f"{PAPER}: its distance, head by head",
 )  # fmt: skip
-def output_difference(e: Evidence) -> np.ndarray:
-    """|difference of the pooled head outputs of the two answers|."""
-    return np.linalg.norm(e["heads"]["negative"] - e["heads"]["positive"], axis=-1)
 
 
 @head_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHOICES = {
-    "pooling": ("mean", "object", "padded"),
-    "grounded": ("positive", "negative"),
-    "sites": ("all", "answer"),
-}
+CHOICES = {"pooling": ("mean", "object", "padded"), "grounded": ("positive", "negative"), "sites": ("all", "answer")}
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..core.files import DataError
-from ..models.batch import Batch
-from ..models.tokens import object_tokens
+from ..models.batch import Batch, object_tokens
 from ..models.vlm import VLM
 from .settings import LocateSettings
 

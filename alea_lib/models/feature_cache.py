@@ -125,13 +125,8 @@ def _crc(one: torch.Tensor) -> str:
 
 
 def _read(file: Path) -> torch.Tensor:
-    try:
-        with safe_open(file, "pt") as f:
-            return f.get_tensor(NAME)
-    except (SafetensorError, OSError) as error:
-        raise OSError(
-            f"{file} was there a moment ago and cannot be read now ({error}); start again: it is computed again"
-        ) from error
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(NAME)
 
 
 def _write(file: Path, one: torch.Tensor, left: int) -> None:

@@ -29,68 +29,56 @@ class SilentHook(RuntimeError):
 def read_outputs(vlm: VLM, part: str, take: Take, layers: Layers = None) -> Block:
     """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each layer;
     that of ``layer`` is before any final norm."""
-
-    def hook(layer: int, output: torch.Tensor) -> None:
-        take(layer, output)
-
-    return _hooked(vlm, part, layers, after=hook)
+    return _hooked(vlm, part, take, layers)
 
 
 def read_layers(vlm: VLM, take: Take, layers: Layers = None) -> Block:
     """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer."""
-    return read_outputs(vlm, "layer", take, layers)
+    return _hooked(vlm, "layer", take, layers)
 
 
 def read_heads(vlm: VLM, take: Take) -> Block:
     """Call ``take(layer, o)`` with the head outputs o [B,T,H,D/H] of each layer, before ``o_proj`` mixes them."""
-
-    def hook(layer: int, x: torch.Tensor) -> None:
-        take(layer, x.unflatten(-1, (vlm.n_heads, -1)))
-
-    return _hooked(vlm, "o_proj", None, before=hook)
+    return _hooked(vlm, "o_proj", take, None, heads=True)
 
 
 def replaced_outputs(vlm: VLM, part: str, change: Change, layers: Iterable[int]) -> Block:
     """Let the part of these layers give ``change(layer, out)`` [B,T,D] instead of its output ``out``."""
-    return _hooked(vlm, part, layers, after=change)
+    return _hooked(vlm, part, change, layers, replaces=True)
 
 
 def replaced_heads(vlm: VLM, change: Change, layers: Iterable[int]) -> Block:
     """Let ``o_proj`` of these layers read ``change(layer, o)`` [B,T,H,D/H] instead of the head outputs ``o``."""
-
-    def hook(layer: int, x: torch.Tensor) -> torch.Tensor:
-        return change(layer, x.unflatten(-1, (vlm.n_heads, -1))).flatten(-2)
-
-    return _hooked(vlm, "o_proj", layers, before=hook)
+    return _hooked(vlm, "o_proj", change, layers, heads=True, replaces=True)
 
 
 @contextmanager
-def _hooked(vlm: VLM, part: str, layers, before=None, after=None) -> Iterator[None]:
-    """``before(layer, input)`` or ``after(layer, output)`` on a part of each layer; what they return replaces it."""
+def _hooked(vlm: VLM, part: str, call, layers: Layers, heads: bool = False, replaces: bool = False) -> Iterator[None]:
+    """``call(layer, x)`` with the output of a part of each layer, or with its input by ``heads``; ``replaces``: what it
+    returns takes the place of x."""
     wanted, fired = range(vlm.n_layers) if layers is None else list(layers), set()
 
-    def pre(layer, _, args):
+    def before(layer, _, args):
         fired.add(layer)
-        return before(layer, args[0])
+        new = call(layer, args[0].unflatten(-1, (vlm.n_heads, -1)))
+        return new.flatten(-2) if replaces else None
 
-    def post(layer, _, args, output):
+    def after(layer, _, args, output):
         fired.add(layer)
-        return after(layer, output)
+        new = call(layer, output)
+        return new if replaces else None
 
     with ExitStack() as stack:
         for layer in wanted:
             module = vlm.module(part, layer)
-            if before:
-                handle = module.register_forward_pre_hook(partial(pre, layer))
+            if heads:
+                handle = module.register_forward_pre_hook(partial(before, layer))
             else:
-                handle = module.register_forward_hook(partial(post, layer))
+                handle = module.register_forward_hook(partial(after, layer))
             stack.callback(handle.remove)
         yield
         if silent := sorted(set(wanted) - fired):
-            raise SilentHook(
-                f"{part} of layers {silent} of {vlm.key} did not run while it was read or replaced; "
-                "run a forward pass inside the block"
-            )
+            raise SilentHook(f"{part} of layers {silent} of {vlm.key} did not run: run a forward pass inside the block")
 
 
 @contextmanager
@@ -153,20 +141,12 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
 
     The weights may be fp32 leaf tensors that require grad (master copies), whatever the model's dtype or
     quantisation: they are cast to the input's dtype at each call. Blocks may be nested; of two weights for one module
-    the inner one counts. Raises KeyError for an unknown module, ValueError for another shape.
+    the inner one counts.
     """
 
     forwards = {}
     for name, weight in weights.items():
-        try:
-            module = vlm.model.get_submodule(name)
-        except AttributeError as error:
-            raise KeyError(
-                f"{vlm.key} has no module {name!r}; down-projections look like {vlm.address('down_proj', 0)!r}"
-            ) from error
-        if (module.out_features, module.in_features) != tuple(weight.shape):
-            size = f"{module.out_features} x {module.in_features}"
-            raise ValueError(f"{name} is {size}, the weight {tuple(weight.shape)}")
+        module = vlm.model.get_submodule(name)
         forwards[module] = partial(_linear, weight=weight, bias=module.bias)
     with _forward_replaced(forwards):
         yield
@@ -270,9 +250,7 @@ def _attention(vlm: VLM, attend: Callable) -> Iterator[None]:
     finally:
         vlm.model.set_attn_implementation({"text_config": before})
     if not fired:
-        raise SilentHook(
-            f"no attention of {vlm.key} ran while it was read or replaced; run a forward pass inside the block"
-        )
+        raise SilentHook(f"no attention of {vlm.key} ran: run a forward pass inside the block")
 
 
 def _row_scores(module, query, key, mask, scaling: float, rows: torch.Tensor) -> torch.Tensor:

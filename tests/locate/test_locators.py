@@ -14,8 +14,8 @@ from alea_lib.locate.evidence import Evidence, Work, layer_locator
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
 from alea_lib.locate.tokens import contrast_weights, encode, pooling_weights, suspects
+from alea_lib.models.batch import object_tokens
 from alea_lib.models.families import FAMILIES
-from alea_lib.models.tokens import object_tokens
 from alea_lib.models.vlm import VLM
 
 PAIRS = pd.DataFrame(
@@ -285,8 +285,7 @@ def test_located_tables(tiny, seen):
 
 def table(rows):
     return pd.DataFrame(
-        [(p, layer, s) for p, row in enumerate(rows) for layer, s in enumerate(row)],
-        columns=["pair", "layer", "score"],
+        [(p, layer, s) for p, row in enumerate(rows) for layer, s in enumerate(row)], columns=["pair", "layer", "score"]
     )
 
 

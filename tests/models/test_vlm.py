@@ -14,11 +14,7 @@ from alea_lib.models.layout import opened
 from alea_lib.models.loading import load, model_path
 from alea_lib.models.vlm import VLM
 
-QUESTIONS = [
-    "Please describe this image in detail.",
-    "Is there a cup in the image?",
-    "Is the background blue?",
-]
+QUESTIONS = ["Please describe this image in detail.", "Is there a cup in the image?", "Is the background blue?"]
 
 
 def test_generation_equals_the_processor_and_plain_generate(tiny, tiny_world):
