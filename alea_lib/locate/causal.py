@@ -76,6 +76,7 @@ class Probed:
         cache = DynamicCache()
         final = self.vlm.hidden(embeds, self.mask, self.batch, cache)
         for layer in cache.layers:
+            assert layer.keys is not None and layer.values is not None
             layer.keys, layer.values = layer.keys[:, :, : self.cut], layer.values[:, :, : self.cut]
 
         def update(keys, values, layer, *args, **kwargs):
@@ -166,7 +167,11 @@ def head_ablation(work: Work) -> dict[str, torch.Tensor]:
         for chunk in torch.arange(vlm.n_heads, device=h.device).split(width):
             kept = (torch.arange(vlm.n_heads, device=h.device) != chunk[:, None]).repeat_interleave(len(h), 0)
             kept = kept[:, None, :, None] | ~sites.repeat(len(chunk), 1)[:, :, None, None]
-            with replaced_heads(vlm, lambda _, o, kept=kept: o * kept, [layer]):
+
+            def off(_, o, kept=kept):
+                return o * kept
+
+            with replaced_heads(vlm, off, [layer]):
                 falls.append(base - probed.contrast(probed.tail(layer, h.repeat(len(chunk), 1, 1)), "p"))
     effect = torch.cat(falls).unflatten(0, (vlm.n_layers, vlm.n_heads)).permute(2, 0, 1)
     return {"effect": probed.by_pair(effect)}

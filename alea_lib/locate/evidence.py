@@ -91,6 +91,8 @@ def own_pass(function: Callable) -> Callable:
 class Work:
     """One batch of ``n`` pairs, the ``n`` positives first and then the ``n`` negatives, with what is computed of it."""
 
+    final: torch.Tensor  # what the plain pass ends in, after the last norm
+
     def __init__(self, evidence: Evidence, rows: np.ndarray):
         self.evidence, self.n = evidence, len(rows)
         self.vlm, self.settings = evidence.vlm, evidence.settings

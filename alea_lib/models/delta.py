@@ -94,16 +94,16 @@ def applied(vlm: VLM, delta: Delta | None, verified: bool = False) -> Iterator[V
     """
     if delta and not verified:
         verify(vlm, delta)
-    saved = []
+    saved: dict[str, torch.Tensor] = {}
     try:
         for name, change in delta.weights.items() if delta else ():
             weight = vlm.model.get_submodule(name).weight
-            saved.append((weight, weight.detach().clone()))
+            saved[name] = weight.detach().clone()
             weight.data = (weight.data.float() + change.to(weight.device)).to(weight.dtype)
         yield vlm
     finally:
-        for weight, original in saved:
-            weight.data = original
+        for name, original in saved.items():
+            vlm.model.get_submodule(name).weight.data = original
 
 
 def scaled(delta: Delta, strength: float, names: Iterable[str] | None = None) -> Delta:

@@ -58,23 +58,23 @@ def _hooked(vlm: VLM, part: str, call, layers: Layers, heads: bool = False, repl
     returns takes the place of x."""
     wanted, fired = range(vlm.n_layers) if layers is None else list(layers), set()
 
-    def before(layer, _, args):
+    def before(layer: int, x: torch.Tensor):
         fired.add(layer)
-        new = call(layer, args[0].unflatten(-1, (vlm.n_heads, -1)))
+        new = call(layer, x.unflatten(-1, (vlm.n_heads, -1)))
         return new.flatten(-2) if replaces else None
 
-    def after(layer, _, args, output):
+    def after(layer: int, x: torch.Tensor):
         fired.add(layer)
-        new = call(layer, output)
+        new = call(layer, x)
         return new if replaces else None
 
     with ExitStack() as stack:
         for layer in wanted:
             module = vlm.module(part, layer)
             if heads:
-                handle = module.register_forward_pre_hook(partial(before, layer))
+                handle = module.register_forward_pre_hook(lambda _, args, layer=layer: before(layer, args[0]))
             else:
-                handle = module.register_forward_hook(partial(after, layer))
+                handle = module.register_forward_hook(lambda _, args, x, layer=layer: after(layer, x))
             stack.callback(handle.remove)
         yield
         if silent := sorted(set(wanted) - fired):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -71,7 +72,7 @@ class VLM:
         """
         batch_size = self.limits.of("see", batch_size)
         if self.cache is not None and change is None and images and all(isinstance(i, (str, Path)) for i in images):
-            return cached_features(self, images, self.cache, batch_size)
+            return cast(torch.Tensor, cached_features(self, images, self.cache, batch_size))  # used like one
         return self.compute_features(images, batch_size, change)
 
     @torch.no_grad()
@@ -121,7 +122,7 @@ class VLM:
             answer[i] = at + len(prompt)
             question[i] = answer[i] - prompt[::-1].index(self.image_id)
         tensors = (t.to(self.device) for t in (ids, mask, labels, features, question, answer))
-        return Batch(*tensors, tuple(questions))
+        return Batch(*tensors, questions=tuple(questions))
 
     def prompt_ids(self, question: str, n_image: int) -> list[int]:
         """Tokens of the whole prompt at once; an image that opens it stands even before the beginning of the text."""
