@@ -1,74 +1,45 @@
-"""LOCATE, heads: one function a locator, evidence in, scores [N,L,H] out, larger = more suspect.
+"""LOCATE, heads: one row a locator, evidence in, scores [N,L,H] out, larger = more suspect.
 
 o is a head's output before ``o_proj``, [D/H] a position. Contrast: see :mod:`alea_lib.locate.layers`; here of p.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from .evidence import Evidence, head_locator
 from .layers import PAPER, outlying, same_for_all
-from .registry import head_locator
 
-if TYPE_CHECKING:
-    from .evidence import Evidence
-
-
-@head_locator(
-    "zero-ablation", needs=("head-ablation",), cost=lambda L, H: 2 + H * (L + 1), symmetry="odd",
-    formula="contrast - contrast($o = 0$)", source="AD-HH",
+head_locator(
+    "zero-ablation", lambda e: e["head-ablation"]["effect"], needs=("head-ablation",),
+    cost=lambda L, H: 2 + H * (L + 1), symmetry="odd", formula="contrast - contrast($o = 0$)", source="AD-HH",
 )  # fmt: skip
-def zero_ablation(e: Evidence) -> np.ndarray:
-    """Fall of the wrong objects' probability without the head, minus that of the truthful ones'."""
-    return e["head-ablation"]["effect"]
-
-
-@head_locator(
-    "gradient", needs=("head-gradient",), cost=2, backward=2, symmetry="odd",
+head_locator(
+    "gradient", lambda e: e["head-gradient"]["effect"], needs=("head-gradient",), cost=2, backward=2, symmetry="odd",
     formula=r"$\langle \nabla_o \mathrm{contrast}, o \rangle$", source="first-order form of zero-ablation",
 )  # fmt: skip
-def gradient(e: Evidence) -> np.ndarray:
-    """<gradient, head output>, summed over positions."""
-    return e["head-gradient"]["effect"]
-
-
-@head_locator(
-    "route", needs=("head-gradient",), image=True, cost=2, backward=2, symmetry="none",
+# positive exactly where the signature of hallucination holds: what the head takes from the image speaks against the
+# wrong objects, what it takes from the text for them (image < 0 < text)
+head_locator(
+    "route", lambda e: np.minimum(e["head-gradient"]["text"], -e["head-gradient"]["image"]), needs=("head-gradient",),
+    image=True, cost=2, backward=2, symmetry="none",
     formula=r"$\min(\langle \nabla, o_{text} \rangle, -\langle \nabla, o_{image} \rangle)$", source="CRG",
 )  # fmt: skip
-def route(e: Evidence) -> np.ndarray:
-    """Positive exactly where the signature of hallucination holds: what the head takes from the image speaks against
-    the wrong objects, what it takes from the text for them (image < 0 < text)."""
-    return np.minimum(e["head-gradient"]["text"], -e["head-gradient"]["image"])
-
-
-@head_locator(
-    "vhd", needs=("blind-heads",), image=True, cost=4, symmetry="even",
+# the less a head's output changes when the image is hidden, the more suspect
+head_locator(
+    "vhd", lambda e: -e["blind-heads"]["divergence"], needs=("blind-heads",), image=True, cost=4, symmetry="even",
     formula=r"$-\|o - o_{\mathrm{no\ image}}\|$, outlying tokens dropped", source="VHR: vision-aware head divergence",
 )  # fmt: skip
-def vhd(e: Evidence) -> np.ndarray:
-    """The less a head's output changes when the image is hidden, the more suspect."""
-    return -e["blind-heads"]["divergence"]
-
-
-@head_locator(
-    "image-attention", needs=("attention",), image=True, cost=2, symmetry="even",
-    formula=r"$-\sum_{k \in image} a_k$", source="VAR, IAF: share of attention on the image",
+# the less a head looks at the image while the answers are read, the more suspect
+head_locator(
+    "image-attention", lambda e: -e["attention"]["mass"].mean(1), needs=("attention",), image=True, cost=2,
+    symmetry="even", formula=r"$-\sum_{k \in image} a_k$", source="VAR, IAF: share of attention on the image",
 )  # fmt: skip
-def image_attention(e: Evidence) -> np.ndarray:
-    """The less a head looks at the image while the answers are read, the more suspect."""
-    return -e["attention"]["mass"].mean(1)
-
-
-@head_locator(
-    "output-difference", needs=("heads",), cost=2, symmetry="even",
-    formula=r"$\|o_n - o_p\|$, pooled", source=f"{PAPER}: its distance, head by head",
+head_locator(
+    "output-difference", lambda e: np.linalg.norm(e["heads"]["negative"] - e["heads"]["positive"], axis=-1),
+    needs=("heads",), cost=2, symmetry="even", formula=r"$\|o_n - o_p\|$, pooled",
+    source=f"{PAPER}: its distance, head by head",
 )  # fmt: skip
-def output_difference(e: Evidence) -> np.ndarray:
-    """|difference of the pooled head outputs of the two answers|."""
-    return np.linalg.norm(e["heads"]["negative"] - e["heads"]["positive"], axis=-1)
 
 
 @head_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")

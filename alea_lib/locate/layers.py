@@ -1,4 +1,4 @@
-"""LOCATE, layers: one function a locator, evidence in, scores [N,L] out, larger = more suspect.
+"""LOCATE, layers: one row a locator, evidence in, scores [N,L] out, larger = more suspect.
 
 p and n are the pooled states of the positive and the negative after a layer, d = n - p. The *contrast* of a pair is
 the mean (log-)probability of the negative's wrong objects minus that of the positive's truthful ones.
@@ -6,73 +6,109 @@ the mean (log-)probability of the negative's wrong objects minus that of the pos
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from .registry import layer_locator
+from .evidence import Evidence, layer_locator
 
-if TYPE_CHECKING:  # loads torch, which the table of locators must not
-    from .evidence import Evidence
-
+TOP = 4  # directions of the singular value decomposition (Nullu)
 PAPER = "ALEAHallu (arXiv 2512.21999)"
+
+layer_locator(
+    "relative-l2", lambda e: _relative(e)[:, 1:], needs=("states",), cost=2, symmetry="even",
+    formula=r"$|d| / \frac{1}{2}(|p| + |n|)$", source="this study: the paper's distance, free of the growth of norms",
+)  # fmt: skip
+# the official code feeds the distance padded text without the image
+layer_locator(
+    "raw-l2", lambda e: e["states"]["geometry"][:, 1:, 0], needs=("states",), cost=2, symmetry="even",
+    formula="$|d|$", source=f"{PAPER}, official code",
+)  # fmt: skip
+layer_locator(
+    "cosine", lambda e: 1 - e["states"]["geometry"][:, 1:, 2], needs=("states",), cost=2, symmetry="even",
+    formula=r"$1 - \cos(p, n)$", source="this study: direction alone",
+)  # fmt: skip
+layer_locator(
+    "increment", lambda e: np.diff(_relative(e), axis=1), needs=("states",), cost=2, symmetry="even",
+    formula=r"$r_l - r_{l-1}$, $r$ the relative L2", source="this study: where the distance is made, not where it is",
+)  # fmt: skip
+layer_locator(
+    "whitened", lambda e: _by_layer(whitened, e), needs=("states",), cost=2, symmetry="even",
+    formula=r"$\sqrt{d^T \Sigma^{-1} d}$, $\Sigma$ shrunk", source="Ledoit and Wolf 2004 (the shrinkage)",
+)  # fmt: skip
+layer_locator(
+    "svd-energy", lambda e: _by_layer(top_energy, e), needs=("states",), cost=2, symmetry="even",
+    formula=r"$|V_k^T d|^2 / \overline{|d|^2}$, $V_k$ the top-$k$ right singular vectors of all $d$", source="Nullu",
+)  # fmt: skip
+layer_locator(
+    "probe", lambda e: _by_layer(left_out, e), needs=("states",), cost=2, symmetry="even",
+    formula="accuracy of a ridge probe on the pair left out", source="linear probing",
+)  # fmt: skip
+layer_locator(
+    "tracing", lambda e: e["tracing"]["effect"], needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1),
+    symmetry="odd", formula="contrast(grey image, MLP$_l$ restored) - contrast(grey image), of $p$",
+    source="causal tracing (Meng et al. 2022)",
+)  # fmt: skip
+layer_locator(
+    "ablation", lambda e: e["mlp-ablation"]["effect"], needs=("mlp-ablation",), cost=lambda L, H: 2 + (L + 1),
+    symmetry="odd", formula=r"contrast - contrast(MLP$_l$ ablated), of $\log p$", source="this study: the causal form",
+)  # fmt: skip
+layer_locator(
+    "gradient", lambda e: e["mlp-gradient"]["effect"], needs=("mlp-gradient",), cost=2, backward=2, symmetry="odd",
+    formula=r"$\langle \nabla_{m_l} \mathrm{contrast}, m_l \rangle$, $m_l$ the MLP's output, of $\log p$",
+    source="attribution patching: the first-order form of ablation",
+)  # fmt: skip
+# how much more spread the layer's image attention is while the negative is read; mean over heads
+layer_locator(
+    "attention-entropy", lambda e: np.diff(e["attention"]["entropy"].mean(-1), axis=1)[:, 0], needs=("attention",),
+    image=True, cost=2, symmetry="odd", formula=r"$H_n - H_p$, entropy of attention over image positions",
+    source="this study",
+)  # fmt: skip
+layer_locator(
+    "random", lambda e: same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers)),
+    symmetry="even", formula="a random order, the same for every pair", source="control",
+)  # fmt: skip
+for _name, _formula, _sign in (("first", "$-l$", -1), ("last", "$l$", 1), ("all", "0", 0)):
+    layer_locator(
+        _name, lambda e, sign=_sign: same_for_all(e, sign * np.arange(e.vlm.n_layers)),
+        symmetry="even", formula=_formula, source="control",
+    )  # fmt: skip
 
 
 @layer_locator(
-    "relative-l2", needs=("states",), cost=2, symmetry="even",
-    formula=r"$|d| / \frac{1}{2}(|p| + |n|)$", source="this study: the paper's distance, free of the growth of norms",
+    "weight-norm", symmetry="even", formula=r"$| \|W_l\| - \mathrm{median}_{m \neq l} \|W_m\| |$, down-projections",
+    source="control: odd weights, whatever they do",
 )  # fmt: skip
-def relative_l2(e: Evidence) -> np.ndarray:
-    """|p - n| / mean(|p|, |n|)."""
-    return _relative(e)[:, 1:]
+def weight_norm(e: Evidence) -> np.ndarray:
+    """How far the norm of the layer's down-projection is from the median of the others'."""
+    norms = [e.weight("down_proj", layer).norm().item() for layer in range(e.vlm.n_layers)]
+    return same_for_all(e, outlying(np.array(norms)))
+
+
+def same_for_all(e: Evidence, scores: np.ndarray) -> np.ndarray:
+    """Scores of the places, the same for each pair: [N, *places]."""
+    return np.tile(np.asarray(scores, dtype=float), (len(e.pairs), *[1] * np.ndim(scores)))
+
+
+def outlying(values: np.ndarray) -> np.ndarray:
+    """Distance of each value from the median of the others; 0 for a single one."""
+    flat = values.ravel()
+    out = [abs(v - np.median(np.delete(flat, i))) if flat.size > 1 else 0.0 for i, v in enumerate(flat)]
+    return np.reshape(out, values.shape)
 
 
 def _relative(e: Evidence) -> np.ndarray:
-    """[N, L+1], the input embeddings first; 0 where both states are zero."""
+    """|p - n| / mean(|p|, |n|), [N, L+1], the input embeddings first; 0 where both states are zero."""
     distance, norm = e["states"]["geometry"][..., 0], e["states"]["geometry"][..., 1]
     return np.divide(distance, norm, out=np.zeros_like(distance), where=norm > 0)
 
 
-@layer_locator("raw-l2", needs=("states",), cost=2, symmetry="even", formula="$|d|$", source=f"{PAPER}, official code")
-def raw_l2(e: Evidence) -> np.ndarray:
-    """|p - n|: the paper's distance (the official code feeds it padded text without the image)."""
-    return e["states"]["geometry"][:, 1:, 0]
+def _by_layer(function, e: Evidence) -> np.ndarray:
+    """A function of p and n [N,D], applied to the states of each layer -> [N,L]."""
+    p, n = e["states"]["positive"].astype(float), e["states"]["negative"].astype(float)
+    return np.stack([function(p[:, i], n[:, i]) for i in range(p.shape[1])], axis=1)
 
 
-@layer_locator(
-    "cosine", needs=("states",), cost=2, symmetry="even",
-    formula=r"$1 - \cos(p, n)$", source="this study: direction alone",
-)  # fmt: skip
-def cosine(e: Evidence) -> np.ndarray:
-    """1 - cosine of the two states."""
-    return 1 - e["states"]["geometry"][:, 1:, 2]
-
-
-@layer_locator(
-    "increment", needs=("states",), cost=2, symmetry="even",
-    formula=r"$r_l - r_{l-1}$, $r$ the relative L2", source="this study: where the distance is made, not where it is",
-)  # fmt: skip
-def increment(e: Evidence) -> np.ndarray:
-    """Growth of the relative distance in a layer; the first layer is compared with the input embeddings."""
-    return np.diff(_relative(e), axis=1)
-
-
-@layer_locator(
-    "whitened", needs=("states",), cost=2, symmetry="even",
-    formula=r"$\sqrt{d^T \Sigma^{-1} d}$, $\Sigma$ shrunk", source="Ledoit and Wolf 2004 (the shrinkage)",
-)  # fmt: skip
-def whitened(e: Evidence) -> np.ndarray:
+def whitened(p: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Mahalanobis distance under the covariance of all states of the layer."""
-    s = e["states"]
-    return _by_layer(_whitened, s["positive"], s["negative"])
-
-
-def _by_layer(function, *states: np.ndarray) -> np.ndarray:
-    """Apply a function of [N,D] arrays to each layer of [N,L,D] arrays -> [N,L]."""
-    return np.stack([function(*(x[:, i].astype(float) for x in states)) for i in range(states[0].shape[1])], axis=1)
-
-
-def _whitened(p: np.ndarray, n: np.ndarray) -> np.ndarray:
     x = np.concatenate([p, n])
     x = x - x.mean(0)
     _, singular, directions = np.linalg.svd(x, full_matrices=False)
@@ -93,135 +129,26 @@ def shrinkage(x: np.ndarray, values: np.ndarray) -> float:
     return float(np.clip(noise / max(spread, 1e-30), 0.01, 1.0))
 
 
-@layer_locator(
-    "svd-energy", needs=("states",), cost=2, symmetry="even",
-    formula=r"$|V_k^T d|^2 / \overline{|d|^2}$, $V_k$ the top-$k$ right singular vectors of all $d$",
-    source="Nullu",
-)  # fmt: skip
-def svd_energy(e: Evidence) -> np.ndarray:
+def top_energy(p: np.ndarray, n: np.ndarray) -> np.ndarray:
     """Energy of a pair's difference in the top-k subspace; the mean over pairs is the top-k share of all energy."""
-    k, s = e.settings.top_k, e["states"]
-
-    def energy(p: np.ndarray, n: np.ndarray) -> np.ndarray:
-        d = n - p
-        top = np.linalg.svd(d, full_matrices=False)[2][:k]
-        return ((d @ top.T) ** 2).sum(1) / max((d**2).sum(1).mean(), 1e-30)
-
-    return _by_layer(energy, s["positive"], s["negative"])
+    d = n - p
+    top = np.linalg.svd(d, full_matrices=False)[2][:TOP]
+    return ((d @ top.T) ** 2).sum(1) / max((d**2).sum(1).mean(), 1e-30)
 
 
-@layer_locator(
-    "probe", needs=("states",), cost=2, symmetry="even",
-    formula="accuracy of a ridge probe on the pair left out", source="linear probing",
-)  # fmt: skip
-def probe(e: Evidence) -> np.ndarray:
-    """Share of a pair's two answers that a linear probe tells right which was trained on all other pairs (0, 1/2,
-    1)."""
-    s = e["states"]
-    return _by_layer(left_out, s["positive"], s["negative"])
+def left_out(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Share of a pair's answers that a linear probe trained on all other pairs tells right (0, 1/2, 1).
 
-
-def left_out(p: np.ndarray, n: np.ndarray, ridge: float = 1.0) -> np.ndarray:
-    """Ridge regression of +1 (negative) and -1 (positive) in dual form; leaving out a pair has a closed form.
-
-    ``ridge`` is in units of the mean eigenvalue of the Gram matrix. States are centred over all answers (without
-    labels).
+    Ridge regression of +1 (negative) and -1 (positive) in dual form, where leaving out a pair has a closed form; the
+    ridge is the mean eigenvalue of the Gram matrix. States are centred over all answers (without labels).
     """
     x = np.concatenate([p, n])
     x = x - x.mean(0)
     gram, y, pairs = x @ x.T, np.repeat([-1.0, 1.0], len(p)), len(p)
-    inverse = np.linalg.inv(gram + np.eye(len(x)) * max(ridge * np.trace(gram) / len(x), 1e-30))
+    inverse = np.linalg.inv(gram + np.eye(len(x)) * max(np.trace(gram) / len(x), 1e-30))
     alpha, right = inverse @ y, np.zeros(pairs)
     for i in range(pairs):
         both = [i, i + pairs]
         guess = y[both] - np.linalg.solve(inverse[np.ix_(both, both)], alpha[both])
         right[i] = np.where(np.abs(guess) < 1e-9, 0.5, guess * y[both] > 0).mean()
     return right
-
-
-@layer_locator(
-    "tracing", needs=("tracing",), image=True, cost=lambda L, H: 4 + (L + 1), symmetry="odd",
-    formula="contrast(grey image, MLP$_l$ restored) - contrast(grey image), of $p$",
-    source="causal tracing (Meng et al. 2022)",
-)  # fmt: skip
-def tracing(e: Evidence) -> np.ndarray:
-    """Indirect effect of the layer's MLP on the probability of the wrong against the truthful objects."""
-    return e["tracing"]["effect"]
-
-
-@layer_locator(
-    "ablation", needs=("mlp-ablation",), cost=lambda L, H: 2 + (L + 1), symmetry="odd",
-    formula=r"contrast - contrast(MLP$_l$ ablated), of $\log p$", source="this study: the causal form",
-)  # fmt: skip
-def ablation(e: Evidence) -> np.ndarray:
-    """How much more the wrong objects lose than the truthful ones when the layer's MLP is ablated."""
-    return e["mlp-ablation"]["effect"]
-
-
-@layer_locator(
-    "gradient", needs=("mlp-gradient",), cost=2, backward=2, symmetry="odd",
-    formula=r"$\langle \nabla_{m_l} \mathrm{contrast}, m_l \rangle$, $m_l$ the MLP's output, of $\log p$",
-    source="attribution patching: the first-order form of ablation",
-)  # fmt: skip
-def gradient(e: Evidence) -> np.ndarray:
-    """Activation times gradient of the MLP's output."""
-    return e["mlp-gradient"]["effect"]
-
-
-@layer_locator(
-    "attention-entropy", needs=("attention",), image=True, cost=2, symmetry="odd",
-    formula=r"$H_n - H_p$, entropy of attention over image positions", source="this study",
-)  # fmt: skip
-def attention_entropy(e: Evidence) -> np.ndarray:
-    """How much more spread the layer's image attention is while the negative is read; mean over heads."""
-    entropy = e["attention"]["entropy"].mean(-1)
-    return entropy[:, 1] - entropy[:, 0]
-
-
-# ---- controls --------------------------------------------------------------------------------------------------------
-
-
-def same_for_all(e: Evidence, scores: np.ndarray) -> np.ndarray:
-    """Scores of the places, the same for each pair: [N, *places]."""
-    return np.tile(np.asarray(scores, dtype=float), (len(e.pairs), *[1] * np.ndim(scores)))
-
-
-@layer_locator("random", symmetry="even", formula="a random order, the same for every pair", source="control")
-def random(e: Evidence) -> np.ndarray:
-    """One random order of the layers."""
-    return same_for_all(e, np.random.default_rng([e.settings.seed, 5]).permutation(e.vlm.n_layers))
-
-
-@layer_locator("first", symmetry="even", formula="$-l$", source="control")
-def first(e: Evidence) -> np.ndarray:
-    """The shallower, the more suspect."""
-    return same_for_all(e, -np.arange(e.vlm.n_layers))
-
-
-@layer_locator("last", symmetry="even", formula="$l$", source="control")
-def last(e: Evidence) -> np.ndarray:
-    """The deeper, the more suspect."""
-    return same_for_all(e, np.arange(e.vlm.n_layers))
-
-
-@layer_locator("all", symmetry="even", formula="0", source="control")
-def every(e: Evidence) -> np.ndarray:
-    """All layers alike."""
-    return same_for_all(e, np.zeros(e.vlm.n_layers))
-
-
-@layer_locator(
-    "weight-norm", symmetry="even", formula=r"$| \|W_l\| - \mathrm{median}_{m \neq l} \|W_m\| |$, down-projections",
-    source="control: odd weights, whatever they do",
-)  # fmt: skip
-def weight_norm(e: Evidence) -> np.ndarray:
-    """How far the norm of the layer's down-projection is from the median of the others'."""
-    norms = [e.weight("down_proj", layer).norm().item() for layer in range(e.vlm.n_layers)]
-    return same_for_all(e, outlying(np.array(norms)))
-
-
-def outlying(values: np.ndarray) -> np.ndarray:
-    """Distance of each value from the median of the others; 0 for a single one."""
-    flat = values.ravel()
-    out = [abs(v - np.median(np.delete(flat, i))) if flat.size > 1 else 0.0 for i, v in enumerate(flat)]
-    return np.reshape(out, values.shape)

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CHOICES = {
-    "pooling": ("mean", "object", "first-divergence", "padded"),
-    "grounded": ("positive", "negative"),
-    "sites": ("all", "answer"),
-}
+CHOICES = {"pooling": ("mean", "object", "padded"), "grounded": ("positive", "negative"), "sites": ("all", "answer")}
 
 
 @dataclass(frozen=True)
@@ -21,9 +17,8 @@ class LocateSettings:
     Which tokens are compared
       ``pooling``     ``mean``: over the answer's own tokens. ``object``: over the first tokens of its objects, those of
                       ``wrong`` in the negative and the rest in the positive (an answer without any: all its tokens).
-                      ``first-divergence``: the first token of the first object in which the answers' sequences of
-                      objects differ (an answer that has run out of objects: its last token). ``padded``: official code,
-                      position by position over the whole padded batch, prompt and padding counted.
+                      ``padded``: official code, position by position over the whole padded batch, prompt and padding
+                      counted.
       ``final_norm``  True = the last layer is taken after the final norm, as an entry of ``hidden_states`` is.
     Causal locators: contrast of the hallucinated and the grounded objects' probabilities
       ``grounded``    the answer whose truthful objects are compared with the negative's wrong ones: ``positive``, or
@@ -31,9 +26,6 @@ class LocateSettings:
       ``sites``       positions that are ablated, attributed or restored: ``all``, or from the one that predicts the
                       ``answer``'s first token on.
     The rest
-      ``top_k``       directions of the singular value decomposition (Nullu: 4).
-      ``outlier``     vision-aware divergence: a token further from its answer's median than so many robust standard
-                      deviations is dropped.
       ``batch_size``  pairs in a batch; memory grows with it, never with the number of pairs.
       ``max_rows``    largest number of sequences in one forward pass of a batched ablation.
       ``seed``        of the random controls.
@@ -45,8 +37,6 @@ class LocateSettings:
     final_norm: bool = False
     grounded: str = "positive"
     sites: str = "all"
-    top_k: int = 4
-    outlier: float = 3.0
     batch_size: int = 8
     max_rows: int = 64
     seed: int = 0
@@ -55,13 +45,10 @@ class LocateSettings:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose one of {', '.join(allowed)}")
-        for name in ("top_k", "batch_size", "max_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
 
 
 DEFAULT = LocateSettings()
-# What the official code does (method facts, section 2): the two texts alone, padded together and compared position by
-# position; raw L2; the last entry after the final norm; the union of each pair's best layer over 50 pairs.
+# What the official code does: the two texts alone, padded together and compared position by position; raw L2; the last
+# entry after the final norm; the union of each pair's best layer over 50 pairs.
 OFFICIAL = LocateSettings(prompt=None, image=False, pooling="padded", final_norm=True, batch_size=50)
 OFFICIAL_LOCATOR, OFFICIAL_PAIRS, OFFICIAL_RULE = "raw-l2", 50, "union"

@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..core.files import DataError
-from ..models.batch import Batch
-from ..models.tokens import object_tokens
+from ..models.batch import Batch, object_tokens
 from ..models.vlm import VLM
 from .settings import LocateSettings
 
@@ -24,17 +23,10 @@ def suspects(vlm: VLM, positive: str, negative: str, wrong: Iterable[str]) -> tu
     bad = [o.token for o in own if o.category in wrong]
     if not bad:
         raise DataError(
-            f"the negative {negative!r} names none of {sorted(wrong)}; make pairs with `activate`, or mend `wrong`"
+            f"the negative {negative!r} names none of {sorted(wrong)}; make pairs with `activate`, or correct `wrong`"
         )
     truthful = [[o.token for o in side if o.category not in wrong] for side in (theirs, own)]
     return truthful[0], bad, truthful[1]
-
-
-def divergence(vlm: VLM, positive: str, negative: str) -> tuple[int | None, int | None]:
-    """Token indices of the first objects that differ between the answers; None where one has no more objects."""
-    a, b = object_tokens(vlm, positive), object_tokens(vlm, negative)
-    at = next((i for i, (x, y) in enumerate(zip(a, b)) if x.category != y.category), min(len(a), len(b)))
-    return tuple(side[at].token if at < len(side) else None for side in (a, b))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -48,13 +40,10 @@ def encode(vlm: VLM, features: torch.Tensor, answers: list[str], s: LocateSettin
     if s.prompt is not None and s.image:
         return batch
     is_image = batch.ids == vlm.image_id
-    prompt = (batch.labels == -100) & ~is_image
-    prompt.scatter_(1, prompt.long().argmax(1, keepdim=True), False)  # the beginning-of-text token stays
-    drop = torch.zeros_like(is_image)
+    drop = torch.zeros_like(is_image) if s.image else is_image
     if s.prompt is None:
-        drop |= prompt
-    if not s.image:
-        drop |= is_image
+        prompt = (batch.labels == -100) & ~is_image
+        drop = drop | prompt.scatter(1, prompt.long().argmax(1, keepdim=True), False)  # beginning-of-text stays
     return _without(batch, drop, vlm.tokenizer.pad_token_id, s.image)
 
 
@@ -80,23 +69,15 @@ def pooling_weights(vlm: VLM, batch: Batch, positives: list[str], negatives: lis
         return torch.full(own.shape, 1 / own.shape[1], device=own.device)
     if (empty := ~own.any(1)).any():
         raise DataError(f"answer {int(empty.nonzero()[0])} of a batch has no token: drop pairs with empty answers")
-    if s.pooling != "mean":
+    if s.pooling == "object":
         picked = torch.zeros_like(own)
-        for i, (p, n, w) in enumerate(zip(positives, negatives, wrong)):
-            for row, at in zip((i, i + len(positives)), _picked(vlm, p, n, w, s.pooling)):
-                last = int(own[row].nonzero()[-1]) - int(batch.answer[row])
-                picked[row, [int(batch.answer[row]) + (last if t is None else t) for t in at]] = True
+        for i, pair in enumerate(zip(positives, negatives, wrong)):
+            of_positive, bad, _ = suspects(vlm, *pair)
+            for row, tokens in ((i, of_positive), (i + len(positives), bad)):
+                picked[row, [int(batch.answer[row]) + t for t in tokens]] = True
         own = torch.where(picked.any(1, keepdim=True), picked, own)
     weight = own.float()
     return weight / weight.sum(1, keepdim=True)
-
-
-def _picked(vlm: VLM, positive: str, negative: str, wrong, pooling: str) -> tuple[list, list]:
-    """Token indices of both answers; None = the last one, an empty list = all."""
-    if pooling == "object":
-        return suspects(vlm, positive, negative, wrong)[:2]
-    a, b = divergence(vlm, positive, negative)
-    return [a], [b]
 
 
 def contrast_weights(

@@ -31,26 +31,24 @@ class Cached:
 
 
 class _Reached(Exception):
-    """The layer whose input is wanted was reached."""
+    """The layer whose input is wanted."""
 
 
 @torch.no_grad()
 def layer_input(vlm: VLM, layer: int, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """What enters a decoder layer, [B,T,D]; nothing above it is run."""
-    kept = []
 
-    def hook(_, args, kwargs):
-        kept.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+    def reached(_, args):
+        raise _Reached(args[0])
 
-    handle = vlm.module("layer", layer).register_forward_pre_hook(hook, with_kwargs=True)
+    handle = vlm.module("layer", layer).register_forward_pre_hook(reached)
     try:
         vlm.hidden(embeds, mask)
-    except _Reached:
-        pass
+    except _Reached as found:
+        return found.args[0]
     finally:
         handle.remove()
-    return kept[0]
+    raise AssertionError(f"layer {layer} did not run")
 
 
 def capture(vlm: VLM, layer: int, embeds: torch.Tensor, mask: torch.Tensor, labels: torch.Tensor) -> list[Cached]:
@@ -67,7 +65,7 @@ def run_tail(vlm: VLM, layer: int, items: list[Cached]) -> torch.Tensor:
     wanted = torch.zeros_like(mask, dtype=torch.bool)
     for i, item in enumerate(items):
         mask[i, : len(item.states)] = 1
-        wanted[i, : len(item.states)] = item.scored
+        wanted[i, : len(item.states)] = torch.as_tensor(item.scored)
     with started_at(vlm, layer, h):
         return vlm.head(vlm.hidden(h, mask)[wanted])
 

@@ -58,7 +58,7 @@ def factors_delta(vlm: VLM, factors: dict[str, tuple[torch.Tensor, torch.Tensor]
 
 
 def identity(vlm: VLM) -> dict[str, str]:
-    """Which model a delta belongs to: the key it was loaded by, the hub's revision, and a hash of its shapes."""
+    """Which model a delta belongs to: the key it was loaded by, the hub's revision, and a hash of its configuration."""
     return {"model": vlm.key, "revision": vlm.revision, "config": config_hash(vlm.model.config)}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from . import layout
 
@@ -38,7 +39,7 @@ TILE_SPAN = "<fake_token_around_image><global-img>{image}<fake_token_around_imag
 
 
 def chat(question: str) -> str:
-    """LLaVA-1.5's conversation format with one image and one question; the answer follows the colon."""
+    """LLaVA-1.5's conversation format with one image and one question."""
     return LLAVA_CHAT.replace("{question}", question)
 
 
@@ -93,7 +94,7 @@ def decoder(root: str = "model.language_model", head: str = "lm_head") -> dict[s
     return {"language_model": root, "layer": layer, "head": head, **parts}
 
 
-TILES = {
+TILES: dict[str, Any] = {
     "chat": "<|im_start|>User:<image>{question}<end_of_utterance>\nAssistant:",
     "span": TILE_SPAN,
     "end": "<end_of_utterance>",

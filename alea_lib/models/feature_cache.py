@@ -28,11 +28,8 @@ class Features:
 
     device = torch.device("cpu")
 
-    def __init__(
-        self, files: list[Path], shape: tuple[int, int], dtype: torch.dtype, index: torch.Tensor | None = None
-    ):
-        self.files, self.one, self.dtype = files, shape, dtype
-        self.index = torch.arange(len(files)) if index is None else index
+    def __init__(self, files: list[Path], shape: torch.Size, dtype: torch.dtype, index: torch.Tensor):
+        self.files, self.one, self.dtype, self.index = files, shape, dtype, index
 
     def __len__(self) -> int:
         return len(self.index)
@@ -92,14 +89,13 @@ def cached_features(vlm, images: list[Path | str], cache: Path, batch_size: int)
             opened(image, 0)  # says what is missing, before anything is computed
     names = [sha256(Path(image)) for image in images]
     files = [folder / name[:2] / f"{name}.safetensors" for name in names]
-    missing = {f: image for f, image in zip(files, images) if not whole(f)}
-    todo = list(missing.items())
+    todo = list({f: image for f, image in zip(files, images) if not whole(f)}.items())
     for start in tqdm(range(0, len(todo), batch_size), desc="features", disable=not todo):
         part = todo[start : start + batch_size]
         for (file, _), one in zip(part, vlm.compute_features([image for _, image in part], batch_size)):
             _write(file, one.half() if one.dtype == torch.float32 else one, len(todo) - start)
     first = _read(files[0])
-    return Features(files, tuple(first.shape), first.dtype)
+    return Features(files, first.shape, first.dtype, torch.arange(len(files)))
 
 
 def folder_name(vlm) -> str:
@@ -129,13 +125,8 @@ def _crc(one: torch.Tensor) -> str:
 
 
 def _read(file: Path) -> torch.Tensor:
-    try:
-        with safe_open(file, "pt") as f:
-            return f.get_tensor(NAME)
-    except (SafetensorError, OSError) as error:
-        raise OSError(
-            f"{file} was there a moment ago and cannot be read now ({error}); start again: it is computed again"
-        ) from error
+    with safe_open(file, "pt") as f:
+        return f.get_tensor(NAME)
 
 
 def _write(file: Path, one: torch.Tensor, left: int) -> None:

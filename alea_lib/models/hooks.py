@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -25,74 +27,58 @@ class SilentHook(RuntimeError):
 
 
 def read_outputs(vlm: VLM, part: str, take: Take, layers: Layers = None) -> Block:
-    """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each
-    layer."""
-
-    def hook(layer, output):
-        take(layer, output[0] if isinstance(output, tuple) else output)
-
-    return _hooked(vlm, part, layers, after=hook)
+    """Call ``take(layer, out)`` with the output [B,T,D] of a part (``layer``, ``down_proj``, ``o_proj``) of each layer;
+    that of ``layer`` is before any final norm."""
+    return _hooked(vlm, part, take, layers)
 
 
 def read_layers(vlm: VLM, take: Take, layers: Layers = None) -> Block:
-    """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer (before any final norm)."""
-    return read_outputs(vlm, "layer", take, layers)
+    """Call ``take(layer, h)`` with the output h [B,T,D] of each decoder layer."""
+    return _hooked(vlm, "layer", take, layers)
 
 
-def read_heads(vlm: VLM, take: Take, layers: Layers = None) -> Block:
+def read_heads(vlm: VLM, take: Take) -> Block:
     """Call ``take(layer, o)`` with the head outputs o [B,T,H,D/H] of each layer, before ``o_proj`` mixes them."""
-
-    def hook(layer, x):
-        take(layer, x.unflatten(-1, (vlm.n_heads, -1)))
-
-    return _hooked(vlm, "o_proj", layers, before=hook)
+    return _hooked(vlm, "o_proj", take, None, heads=True)
 
 
 def replaced_outputs(vlm: VLM, part: str, change: Change, layers: Iterable[int]) -> Block:
     """Let the part of these layers give ``change(layer, out)`` [B,T,D] instead of its output ``out``."""
-
-    def hook(layer, output):
-        if isinstance(output, tuple):
-            return (change(layer, output[0]), *output[1:])
-        return change(layer, output)
-
-    return _hooked(vlm, part, layers, after=hook)
+    return _hooked(vlm, part, change, layers, replaces=True)
 
 
 def replaced_heads(vlm: VLM, change: Change, layers: Iterable[int]) -> Block:
     """Let ``o_proj`` of these layers read ``change(layer, o)`` [B,T,H,D/H] instead of the head outputs ``o``."""
-
-    def hook(layer, x):
-        return (change(layer, x.unflatten(-1, (vlm.n_heads, -1))).flatten(-2),)
-
-    return _hooked(vlm, "o_proj", layers, before=hook)
+    return _hooked(vlm, "o_proj", change, layers, heads=True, replaces=True)
 
 
 @contextmanager
-def _hooked(vlm: VLM, part: str, layers, before=None, after=None) -> Iterator[None]:
-    """``before(layer, input)`` or ``after(layer, output)`` on a part of each layer; what they return replaces it."""
-    wanted = range(vlm.n_layers) if layers is None else list(layers)
+def _hooked(vlm: VLM, part: str, call, layers: Layers, heads: bool = False, replaces: bool = False) -> Iterator[None]:
+    """``call(layer, x)`` with the output of a part of each layer, or with its input by ``heads``; ``replaces``: what it
+    returns takes the place of x."""
+    wanted, fired = range(vlm.n_layers) if layers is None else list(layers), set()
+
+    def before(layer: int, x: torch.Tensor):
+        fired.add(layer)
+        new = call(layer, x.unflatten(-1, (vlm.n_heads, -1)))
+        return new.flatten(-2) if replaces else None
+
+    def after(layer: int, x: torch.Tensor):
+        fired.add(layer)
+        new = call(layer, x)
+        return new if replaces else None
+
     with ExitStack() as stack:
-        fired = set()
         for layer in wanted:
             module = vlm.module(part, layer)
-
-            def pre(_, args, layer=layer):
-                fired.add(layer)
-                return before(layer, args[0])
-
-            def post(_, args, output, layer=layer):
-                fired.add(layer)
-                return after(layer, output)
-
-            handle = module.register_forward_pre_hook(pre) if before else module.register_forward_hook(post)
+            if heads:
+                handle = module.register_forward_pre_hook(lambda _, args, layer=layer: before(layer, args[0]))
+            else:
+                handle = module.register_forward_hook(lambda _, args, x, layer=layer: after(layer, x))
             stack.callback(handle.remove)
         yield
         if silent := sorted(set(wanted) - fired):
-            raise SilentHook(
-                f"{part} of layers {silent} of {vlm.key} did not run while it was read or replaced; "
-                "run a forward pass inside the block"
-            )
+            raise SilentHook(f"{part} of layers {silent} of {vlm.key} did not run: run a forward pass inside the block")
 
 
 @contextmanager
@@ -116,12 +102,18 @@ def started_at(vlm: VLM, layer: int, h: torch.Tensor) -> Iterator[None]:
     are the model's own, so the result equals a whole pass in which ``h`` came out of the layers below.
     """
 
-    def passed_over(*args, **kwargs):
-        return h
-
-    passed_over.counts = False
-    with _forward_replaced({vlm.module("layer", i): passed_over for i in range(layer)}):
+    with _forward_replaced({vlm.module("layer", i): _PassedOver(h) for i in range(layer)}):
         yield
+
+
+@dataclass(frozen=True)
+class _PassedOver:
+    """The forward of a layer that is passed over, whatever goes in."""
+
+    h: torch.Tensor
+
+    def __call__(self, *args, **kwargs) -> torch.Tensor:
+        return self.h
 
 
 @contextmanager
@@ -131,12 +123,11 @@ def counted(vlm: VLM) -> Iterator[SimpleNamespace]:
     count = SimpleNamespace(forwards=0.0, backwards=0.0)
 
     def hook(module, args, output):
-        h = output[0] if isinstance(output, tuple) else output
-        if not getattr(module.forward, "counts", True):
+        if isinstance(module.forward, _PassedOver):
             return
-        count.forwards += len(h) / vlm.n_layers
-        if h.requires_grad:
-            h.register_hook(lambda g: setattr(count, "backwards", count.backwards + len(g) / vlm.n_layers))
+        count.forwards += len(output) / vlm.n_layers
+        if output.requires_grad:
+            output.register_hook(lambda g: setattr(count, "backwards", count.backwards + len(g) / vlm.n_layers))
 
     with ExitStack() as stack:
         for layer in range(vlm.n_layers):
@@ -150,27 +141,19 @@ def replaced_linear(vlm: VLM, weights: dict[str, torch.Tensor]) -> Iterator[None
 
     The weights may be fp32 leaf tensors that require grad (master copies), whatever the model's dtype or
     quantisation: they are cast to the input's dtype at each call. Blocks may be nested; of two weights for one module
-    the inner one counts. Raises KeyError for an unknown module, ValueError for another shape.
+    the inner one counts.
     """
-
-    def computing_with(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable:
-        return lambda x: F.linear(x, weight.to(x.dtype), bias)
 
     forwards = {}
     for name, weight in weights.items():
-        try:
-            module = vlm.model.get_submodule(name)
-        except AttributeError as error:
-            raise KeyError(
-                f"{vlm.key} has no module {name!r}; down-projections look like {vlm.address('down_proj', 0)!r}"
-            ) from error
-        if (module.out_features, module.in_features) != tuple(weight.shape):
-            raise ValueError(
-                f"{name} is {module.out_features} x {module.in_features}, the weight {tuple(weight.shape)}"
-            )
-        forwards[module] = computing_with(weight, module.bias)
+        module = vlm.model.get_submodule(name)
+        forwards[module] = partial(_linear, weight=weight, bias=module.bias)
     with _forward_replaced(forwards):
         yield
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 def full_weight(vlm: VLM, name: str) -> torch.Tensor:
@@ -267,9 +250,7 @@ def _attention(vlm: VLM, attend: Callable) -> Iterator[None]:
     finally:
         vlm.model.set_attn_implementation({"text_config": before})
     if not fired:
-        raise SilentHook(
-            f"no attention of {vlm.key} ran while it was read or replaced; run a forward pass inside the block"
-        )
+        raise SilentHook(f"no attention of {vlm.key} ran: run a forward pass inside the block")
 
 
 def _row_scores(module, query, key, mask, scaling: float, rows: torch.Tensor) -> torch.Tensor:

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from pydantic import Field
 
+from ..core.files import sha256
 from ..core.paths import read_data, root
 from ..core.schema import Dtype, Strict, validated
 
 MEANS = ("hub", "revision", "dtype", "four_bit", "unquantised")  # fields that results depend on, beyond rounding
-WANTED = ("*.json", "*.safetensors", "*.model", "*.jinja")  # never pickled weights
+WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja"]  # never pickled weights
 
 
 class ModelRow(Strict):
@@ -72,10 +73,9 @@ def outside(path: Path) -> tuple[str, dict[str, str]] | None:
         return f"data/hub.yaml: {key}", fingerprint(row)
     folder = Path("/", key) if Path("/", key).is_dir() else Path(key)
     if (folder / "config.json").is_file():
-        from ..core.files import sha256
-
         return f"model {folder.name}", {"sha256": sha256(folder)}
-    if commit := _cached_commit(key):
+    if config := cached(key, "config.json"):
+        commit = config.parent.name
         return f"hub {key}", {"revision": commit, "sha256": hashlib.sha256(commit.encode()).hexdigest()}
     return None
 
@@ -83,20 +83,13 @@ def outside(path: Path) -> tuple[str, dict[str, str]] | None:
 def cached(repository: str, name: str, revision: str | None = None) -> Path | None:
     """A file of a hub model in the cache (of the default branch without a revision), None when it is not there."""
     from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(repository, name, revision=revision)
-    return Path(found) if isinstance(found, str) else None
-
-
-def _cached_commit(repository: str) -> str:
-    """The commit of the hub model that is in the cache under its default branch, "" when it is not there."""
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = cached(repository, "config.json")
-    except HFValidationError:
-        return ""
-    return found.parent.name if found else ""
+        found = try_to_load_from_cache(repository, name, revision=revision)
+    except HFValidationError:  # no name of the hub's form
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def in_cache(row: ModelRow) -> bool:
@@ -120,9 +113,7 @@ def snapshot(row: ModelRow) -> Path:
 
     off = switched_off()
     try:
-        return Path(
-            snapshot_download(row.hub, revision=row.revision, allow_patterns=list(WANTED), local_files_only=off)
-        )
+        return Path(snapshot_download(row.hub, revision=row.revision, allow_patterns=WANTED, local_files_only=off))
     except LocalEntryNotFoundError as error:
         how = "the hub is switched off: set HF_HUB_OFFLINE=0" if off else "the hub does not answer: is there a network?"
         raise FileNotFoundError(f"{row.key}: {row.hub} at {row.revision[:12]} was not downloaded, and {how}") from error

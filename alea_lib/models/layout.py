@@ -28,9 +28,7 @@ def opened(image, canvas: int):
     """An image as RGB, in the middle of a grey square of ``canvas`` pixels (0: as it is)."""
     if isinstance(image, (str, Path)):
         if not Path(image).is_file():
-            raise FileNotFoundError(
-                f"{image}: no such image; the world's folder is incomplete: build stage 01_world again"
-            )
+            raise FileNotFoundError(f"{image}: no such image; the world is incomplete: build stage 01_world again")
         with Image.open(image) as file:
             image = file.convert("RGB")
     if not canvas:

@@ -29,43 +29,38 @@ def load(
     key: str,
     four_bit: bool = False,
     edited_layers: tuple[int, ...] | None = (),
-    dtype: torch.dtype | str | None = None,
     device: str | None = None,
     edited_parts: tuple[str, ...] = ("down_proj",),
-    revision: str | None = None,
 ) -> VLM:
-    """Load a model by key.
+    """Load a model by key, in float32; a key of data/hub.yaml as its row says, whatever else is given.
 
     ``four_bit``: bitsandbytes NF4 with double quantisation for the linear layers, but for the ``edited_parts``
-    (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised.
-    ``dtype``: of torch, or its name; float32 if nothing says otherwise. ``revision``: the commit of a hub name. A key
-    of data/hub.yaml is loaded as its row says, whatever else is given; more parts may be kept unquantised.
-    Weights are read shard by shard, straight to the device. Raises FileNotFoundError for an unknown key.
+    (``down_proj``, ``o_proj``) of ``edited_layers`` (None: all layers): an edit needs its matrices unquantised. More
+    parts than those of a row may be kept so. Weights are read shard by shard, straight to the device.
+    FileNotFoundError for an unknown key.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    pinned = model_row(key)
-    if pinned:
-        four_bit, dtype, revision = pinned.four_bit, pinned.dtype, pinned.revision
-    path = model_path(key)
+    pinned, path = model_row(key), model_path(key)
     if isinstance(path, str) and switched_off() and not Path(path).is_dir():
         known = sorted(p.name for p in (root() / "data" / "models").glob("*") if (p / "config.json").is_file())
         raise FileNotFoundError(f"no model {key!r} in data/models (there are {known}) and the hub is switched off")
-    at = {"revision": revision} if revision and isinstance(path, str) else {}
-    config = AutoConfig.from_pretrained(path, **at)
+    config = AutoConfig.from_pretrained(path)
     text = config.get_text_config()
     row = family(config.model_type, small=text.hidden_size < 1024, text=text.model_type)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-    layers = range(text.num_hidden_layers)
-    kept = {(part, i) for part in edited_parts for i in (layers if edited_layers is None else edited_layers)}
-    kept |= {(part, i) for part in (pinned.unquantised if pinned else ()) for i in layers}
-    names = tuple(getattr(row, part).format(i=i) for part, i in sorted(kept))
-    options = {"quantization_config": _nf4((*row.unquantised, *names), dtype)} if four_bit else {}
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, device_map={"": device}, **at, **options)
+    dtype = getattr(torch, pinned.dtype) if pinned else torch.float32
+    options = {"device_map": {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}}
+    four_bit = pinned.four_bit if pinned else four_bit
+    if four_bit:
+        layers = range(text.num_hidden_layers)
+        kept = {(part, i) for part in edited_parts for i in (layers if edited_layers is None else edited_layers)}
+        kept |= {(part, i) for part in (pinned.unquantised if pinned else ()) for i in layers}
+        names = [getattr(row, part).format(i=i) for part, i in sorted(kept)]
+        options["quantization_config"] = _nf4([*row.unquantised, *names], dtype)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
     if four_bit:
         keep_trainable_on_cpu(model)
-    vlm = VLM(model, _processor(path, **at), row, key)
+    vlm = VLM(model, _processor(path), row, key)
     return _as_pinned(vlm, pinned) if pinned else vlm
 
 
@@ -93,17 +88,16 @@ class Reader:
     image_processor: object
 
 
-def _processor(path, **at):
+def _processor(path):
     from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     try:
-        return AutoProcessor.from_pretrained(path, backend="pil", **at)
+        return AutoProcessor.from_pretrained(path, backend="pil")
     except ImportError:
-        images = AutoImageProcessor.from_pretrained(path, backend="pil", **at)
-        return Reader(AutoTokenizer.from_pretrained(path, **at), images)
+        return Reader(AutoTokenizer.from_pretrained(path), AutoImageProcessor.from_pretrained(path, backend="pil"))
 
 
-def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
+def _nf4(full_precision: list[str], dtype: torch.dtype):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -111,7 +105,7 @@ def _nf4(full_precision: tuple[str, ...], dtype: torch.dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=list(full_precision),
+        llm_int8_skip_modules=full_precision,
     )
 
 

@@ -1,8 +1,7 @@
 """What a model, an edit and its files take: bytes counted from a configuration, before anything is loaded.
 
-Imports no torch. A model's shape is read from its ``config.json``: of ``data/models/<key>``, of a folder, or of
-``data/shapes`` for hub models, so that nothing is downloaded. The counts are those of this library's own loops; tests
-compare them with models that are really built, and with LLaVA-1.5-7B's on torch's meta device.
+Imports no torch. A hub model's configuration is read from ``data/shapes``, so that nothing is downloaded. Tests compare
+the counts with models that are really built, and with LLaVA-1.5-7B's on torch's meta device.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Shape:
     width: int
     mlp: int
     heads: int
-    kv_heads: int
+    kv_width: int  # of the keys: a head's width times the heads of keys and values
     vocabulary: int
     tied: bool
     places: int
@@ -38,24 +37,15 @@ class Shape:
     patch: int
     patches: int  # of the tower, its class token not counted
 
-    @property
-    def kv_width(self) -> int:
-        return self.width // self.heads * self.kv_heads
-
-
-def shape_path(model: str) -> Path:
-    """Where the configuration of a model stands. RunError with what to do when there is none."""
-    tries = (root() / "data" / "models" / model, Path(model), root() / "data" / "shapes" / f"{Path(model).name}.json")
-    for path in tries:
-        found = path / "config.json" if path.is_dir() else path
-        if found.is_file():
-            return found
-    raise RunError(f"the sizes of {model} are not known: save its config.json as data/shapes/{Path(model).name}.json")
-
 
 def read_shape(model: str) -> Shape:
-    """The shape of a model by key, folder or hub name (its configuration from data/shapes)."""
-    return shape(json.loads(shape_path(model).read_text(encoding="utf-8")))
+    """The shape of a model by key, folder or hub name. RunError with what to do when its configuration is not there."""
+    places = (root() / "data" / "models" / model, Path(model), root() / "data" / "shapes" / f"{Path(model).name}.json")
+    for path in places:
+        found = path / "config.json" if path.is_dir() else path
+        if found.is_file():
+            return shape(json.loads(found.read_text(encoding="utf-8")))
+    raise RunError(f"the sizes of {model} are not known: save its config.json as data/shapes/{Path(model).name}.json")
 
 
 def shape(config: dict) -> Shape:
@@ -69,7 +59,7 @@ def shape(config: dict) -> Shape:
             width=text["hidden_size"],
             mlp=text["intermediate_size"],
             heads=heads,
-            kv_heads=text.get("num_key_value_heads") or heads,
+            kv_width=text["hidden_size"] // heads * (text.get("num_key_value_heads") or heads),
             vocabulary=text["vocab_size"],
             tied=bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings")),
             places=config.get("image_seq_length") or patches,
@@ -158,17 +148,16 @@ def prefix_bytes(s: Shape, length: int) -> int:
     return length * s.width * FULL * 4
 
 
-def kl_reference_bytes(
-    items: int = ITEMS, tokens: int = 200, width: int = 4096, vocabulary: int = 32064, bytes_each: int = HALF
-) -> dict[str, int]:
-    """Memory of the KL's reference: final states of the answers against their logits (defaults: LLaVA-1.5-7B)."""
-    count = items * tokens * bytes_each
-    return {"states": count * width, "logits": count * vocabulary, "inputs": cache_bytes(items, 876, width, bytes_each)}
+def kl_reference_bytes() -> dict[str, int]:
+    """Memory of the KL's reference for the paper's edit of LLaVA-1.5-7B: final states of 200 tokens an answer, against
+    their logits."""
+    width, count = 4096, ITEMS * 200 * HALF
+    return {"states": count * width, "logits": count * 32064, "inputs": cache_bytes(ITEMS, 876, width)}
 
 
-def cache_bytes(items: int, tokens: int, width: int, bytes_each: int = HALF) -> int:
+def cache_bytes(items: int, tokens: int, width: int, each: int = HALF) -> int:
     """Memory of captured inputs: e.g. 1,500 items of 876 positions at width 4096 in half precision take 10.8 GB."""
-    return items * tokens * width * bytes_each
+    return items * tokens * width * each
 
 
 def kv_bytes(s: Shape, tokens: int, sequences: int = 1, each: int = HALF) -> int:
@@ -206,10 +195,9 @@ class Plan:
 
 def edit_peak(s: Shape, p: Plan) -> int:
     """Largest memory of a step of the edit: model, trained matrices and one term's graph."""
-    model = model_bytes(s, p.four_bit, p.unquantised, each=p.each)
     graph = activation_bytes(s, s.layers - p.first, p.tokens, p.batch, p.edited, p.each)
     own = trained_bytes(s, p.edited) + p.edited * matrices(s)["down_proj"] * p.each
-    return model + own + graph + logits_bytes(s, p.batch * p.answer) + CONTEXT
+    return _loaded(s, p) + own + graph + logits_bytes(s, p.batch * p.answer)
 
 
 def prefix_peak(s: Shape, p: Plan) -> int:
@@ -218,15 +206,17 @@ def prefix_peak(s: Shape, p: Plan) -> int:
     rows = p.batch * p.answers
     graph = activation_bytes(s, s.layers, p.answer + p.prefix_length, rows, each=p.each)
     graph += kv_bytes(s, p.tokens - p.answer, 2 * rows, p.each)
-    own = prefix_bytes(s, p.prefix_length) + logits_bytes(s, rows * p.answer)
-    return model_bytes(s, p.four_bit, p.unquantised, each=p.each) + graph + own + CONTEXT
+    return _loaded(s, p) + graph + prefix_bytes(s, p.prefix_length) + logits_bytes(s, rows * p.answer)
 
 
 def write_peak(s: Shape, p: Plan) -> int:
     """Largest memory while answers are written."""
     length = p.tokens - p.answer + p.max_new_tokens
-    model = model_bytes(s, p.four_bit, p.unquantised, each=p.each)
-    return model + kv_bytes(s, length, p.write_batch, p.each) + logits_bytes(s, p.write_batch) + CONTEXT
+    return _loaded(s, p) + kv_bytes(s, length, p.write_batch, p.each) + logits_bytes(s, p.write_batch)
+
+
+def _loaded(s: Shape, p: Plan) -> int:
+    return model_bytes(s, p.four_bit, p.unquantised, each=p.each) + CONTEXT
 
 
 def peak(s: Shape, p: Plan) -> dict[str, int]:

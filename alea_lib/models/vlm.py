@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from .batch import Batch, Limits, target_mask  # noqa: F401  (others import it from here)
+from .batch import Batch, Limits
 from .families import Family
 from .feature_cache import cached_features
 from .layout import causal, fp32_convolutions, opened, reading_embeddings
@@ -31,36 +31,21 @@ class VLM:
 
     def __init__(self, model, processor, row: Family, key: str):
         self.model, self.processor, self.row, self.key = model.eval().requires_grad_(False), processor, row, key
-        self.tokenizer = processor.tokenizer
         self.revision, self.limits = getattr(model.config, "_commit_hash", None) or "", Limits()
         self.cache: Path | None = None  # folder of image features
-
-    # ---- addresses -------------------------------------------------------------------------------------------
-    @property
-    def n_layers(self) -> int:
-        return self.model.config.get_text_config().num_hidden_layers
-
-    @property
-    def n_heads(self) -> int:
-        return self.model.config.get_text_config().num_attention_heads
+        text = model.config.get_text_config()
+        self.n_layers: int = text.num_hidden_layers
+        self.n_heads: int = text.num_attention_heads
+        self.tokenizer = processor.tokenizer
+        self.image_id: int = model.config.image_token_id  # the placeholder token of an image position
+        self.end_id: int = self.tokenizer.convert_tokens_to_ids(row.end) if row.end else self.tokenizer.eos_token_id
+        self.language_model: nn.Module = model.get_submodule(row.language_model)
+        self.head: nn.Module = model.get_submodule(row.head)
+        self.writer: nn.Module = model.get_submodule(row.writer)
 
     @property
     def device(self) -> torch.device:
         return self.model.get_input_embeddings().weight.device
-
-    @property
-    def image_id(self) -> int:
-        """The placeholder token of an image position."""
-        return self.model.config.image_token_id
-
-    @cached_property
-    def end_id(self) -> int:
-        """The token that ends an answer."""
-        return self.tokenizer.convert_tokens_to_ids(self.row.end) if self.row.end else self.tokenizer.eos_token_id
-
-    @cached_property
-    def writer(self) -> nn.Module:
-        return self.model.get_submodule(self.row.writer)
 
     def address(self, part: str, layer: int) -> str:
         """Dotted name of ``layer``, ``down_proj`` or ``o_proj`` of a decoder layer. ValueError if out of range."""
@@ -70,14 +55,6 @@ class VLM:
 
     def module(self, part: str, layer: int) -> nn.Module:
         return self.model.get_submodule(self.address(part, layer))
-
-    @cached_property
-    def language_model(self) -> nn.Module:
-        return self.model.get_submodule(self.row.language_model)
-
-    @cached_property
-    def head(self) -> nn.Module:
-        return self.model.get_submodule(self.row.head)
 
     # ---- reading ---------------------------------------------------------------------------------------------
     def prompt(self, role: str) -> str:
@@ -95,7 +72,7 @@ class VLM:
         """
         batch_size = self.limits.of("see", batch_size)
         if self.cache is not None and change is None and images and all(isinstance(i, (str, Path)) for i in images):
-            return cached_features(self, images, self.cache, batch_size)
+            return cast(torch.Tensor, cached_features(self, images, self.cache, batch_size))  # used like one
         return self.compute_features(images, batch_size, change)
 
     @torch.no_grad()
@@ -106,18 +83,12 @@ class VLM:
             opened_images = [opened(i, self.row.canvas) for i in images[start : start + batch_size]]
             given = [[i] for i in opened_images] if self.row.nested else opened_images
             inputs = self.processor.image_processor(given, **options)
-            inputs = {
-                k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()
-            }
+            inputs = dict(inputs.to(self.device, self.model.dtype))  # integers keep their type
             if change is not None:
                 inputs["pixel_values"] = change(range(start, start + len(given)), inputs["pixel_values"])
             with fp32_convolutions():
                 out += [p.reshape(1, -1, p.shape[-1]) for p in self.row.vision_features(self, inputs)]
         return torch.cat(out)
-
-    def chat(self, question: str) -> str:
-        """What the family's processor reads: one image and one question; the answer follows."""
-        return self.row.ask(question)
 
     def encode(
         self,
@@ -128,14 +99,12 @@ class VLM:
         eos: bool = True,
         bos: bool = False,
     ) -> Batch:
-        """Tokenise image + question (+ answer + EOS). Answers start after a space, as the model writes them.
+        """Tokenise image + question (+ answer + EOS), padded on one side.
 
         ``bos``: a start token before each answer, itself a target (the official code's labels)."""
         questions = [questions] * len(features) if isinstance(questions, str) else questions
         if len(questions) != len(features):
-            raise ValueError(
-                f"{len(features)} images, {len(questions)} questions: give one question an image, or one for all"
-            )
+            raise ValueError(f"{len(features)} images, {len(questions)} questions: one an image, or one for all")
         places = getattr(self.model.config, self.row.queries) if self.row.queries else features.shape[1]
         prompts = [self.prompt_ids(q, places) for q in questions]
         start = [self.tokenizer.bos_token_id] * bos
@@ -153,11 +122,11 @@ class VLM:
             answer[i] = at + len(prompt)
             question[i] = answer[i] - prompt[::-1].index(self.image_id)
         tensors = (t.to(self.device) for t in (ids, mask, labels, features, question, answer))
-        return Batch(*tensors, tuple(questions))
+        return Batch(*tensors, questions=tuple(questions))
 
     def prompt_ids(self, question: str, n_image: int) -> list[int]:
         """Tokens of the whole prompt at once; an image that opens it stands even before the beginning of the text."""
-        text, image = self.chat(question), self.row.image_token
+        text, image = self.row.ask(question), self.row.image_token
         if text.startswith(image):
             ids = self.tokenizer(text.removeprefix(image), add_special_tokens=False)["input_ids"]
             ids = [self.image_id, self.tokenizer.bos_token_id, *ids]
@@ -169,8 +138,9 @@ class VLM:
     def answer_text(self, answer: str) -> tuple[str, int]:
         """The answer as it is tokenised, after the last sign of a prompt, and how many tokens that sign has."""
         sign = "." if self.row.chat.endswith("}") else self.row.chat[-1]
-        before = self.tokenizer(sign, add_special_tokens=False)["input_ids"]
-        return f"{sign}{self.row.lead}{answer.strip()}", len(before)
+        return f"{sign}{self.row.lead}{answer.strip()}", len(
+            self.tokenizer(sign, add_special_tokens=False)["input_ids"]
+        )
 
     def answer_ids(self, answer: str, eos: bool) -> list[int]:
         """Tokens of an answer after its prompt, with the end token if ``eos``."""
@@ -202,9 +172,8 @@ class VLM:
         if batch is None and self.row.decoder_inputs is not causal:
             raise ValueError(f"{self.row.name} needs to know where the image is: call hidden(embeds, mask, batch)")
         given = self.row.decoder_inputs(self, mask, batch, start)
-        return self.language_model(
-            inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None, **given
-        ).last_hidden_state
+        given |= {"past_key_values": cache, "use_cache": cache is not None}
+        return self.language_model(inputs_embeds=embeds, **given).last_hidden_state
 
     def answer_logits(
         self,

@@ -7,7 +7,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "activation": ["ActivateSettings", "activate"],
         "detect": ["load_detector"],
-        "imported": ["import_pairs"],
-        "table": ["check_pairs"],
+        "table": ["check_pairs", "import_pairs"],
     },
 )

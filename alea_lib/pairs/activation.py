@@ -9,6 +9,7 @@ import pandas as pd
 
 from ..metrics.parse import Mention, mentions
 from ..models.vlm import VLM
+from .table import PAIR_COLUMNS
 
 # What may stand between two noun phrases of a list, longest first.
 JOINTS = (", and", ",", " and", " with", " next to", " beside", " near", " along with", " as well as", " or")
@@ -17,15 +18,15 @@ _BEFORE = re.compile(rf"\b{_DETERMINER}\s+(?:(?!{_DETERMINER}\s)[\w-]+\s+){{0,3}
 _SENTENCE = re.compile(r"[^.!?]+[.!?]*\s*")
 
 
+NEGATIVE, POSITIVE = "speculative", "careful"  # roles of the prompts; the positive starts from the careful answer
+
+
 @dataclass(frozen=True)
 class ActivateSettings:
-    """How pairs are made. The positive starts from the model's own answer to ``positive_prompt``."""
+    """``label_source``: who says what is really there, ``detector`` or ``truth``. ``max_new_tokens`` of an answer."""
 
-    negative_prompt: str = "speculative"
-    positive_prompt: str = "careful"
-    label_source: str = "detector"  # or "truth", "import": who says what is really there
+    label_source: str = "detector"
     max_new_tokens: int = 64
-    family: str = "singularise"
 
 
 def activate(
@@ -38,42 +39,38 @@ def activate(
 ) -> pd.DataFrame:
     """Pairs, one row an image whose negative names something unsupported and whose positive is not empty.
 
-    ``supported``: the categories that the detector (or the truth) says are in each image. Columns: image_id, image,
-    positive, negative, wrong, label_source, prompt_negative, prompt_positive.
+    ``supported``: the categories that the detector (or the truth) says are in each image. Columns: ``PAIR_COLUMNS``.
     """
-    s, options = settings, {"max_new_tokens": settings.max_new_tokens}
-    negatives = vlm.generate(features, vlm.prompt(s.negative_prompt), progress="negatives", **options)
-    drafts = vlm.generate(features, vlm.prompt(s.positive_prompt), progress="positives", **options)
+    options = {"max_new_tokens": settings.max_new_tokens}
+    negatives = vlm.generate(features, vlm.prompt(NEGATIVE), progress="negatives", **options)
+    drafts = vlm.generate(features, vlm.prompt(POSITIVE), progress="positives", **options)
     rows = []
     for image_id, file, there, negative, draft in zip(image_ids, files, supported, negatives, drafts, strict=True):
-        wrong = sorted({m.category for m in mentions(negative.text, s.family)} - there)
-        positive = keep_supported(draft.text, there, s.family)
+        wrong = sorted({m.category for m in mentions(negative.text)} - there)
+        positive = keep_supported(draft.text, there)
         if wrong and positive and positive != negative.text:
-            rows.append((image_id, file, positive, negative.text, wrong))
+            rows.append((image_id, file, positive, negative.text, wrong, settings.label_source, NEGATIVE, POSITIVE))
     if not rows:
         raise ValueError(
             f"no pair among {len(image_ids)} images: no negative answer names an unsupported object; "
             "use more images or a model that hallucinates"
         )
-    table = pd.DataFrame(rows, columns=["image_id", "image", "positive", "negative", "wrong"])
-    prompts = {"prompt_negative": s.negative_prompt, "prompt_positive": s.positive_prompt}
-    return table.assign(label_source=s.label_source, **prompts)
+    return pd.DataFrame(rows, columns=list(PAIR_COLUMNS))
 
 
-def keep_supported(text: str, supported: frozenset[str], family: str = "singularise") -> str:
+def keep_supported(text: str, supported: frozenset[str]) -> str:
     """The text without the objects that are not supported.
 
     In each sentence an unsupported noun phrase goes together with the word that joins it to its neighbour; a sentence
     with nothing else to say, or whose phrase cannot be cut out cleanly, goes whole.
     """
-    kept = (_clean(sentence.group(), supported, family) for sentence in _SENTENCE.finditer(text))
+    kept = (_clean(sentence.strip(), supported) for sentence in _SENTENCE.findall(text))
     return " ".join(s for s in kept if s).strip()
 
 
-def _clean(sentence: str, supported: frozenset[str], family: str) -> str:
-    sentence = sentence.strip()
+def _clean(sentence: str, supported: frozenset[str]) -> str:
     for _ in range(20):
-        found = mentions(sentence, family)
+        found = mentions(sentence)
         wrong = [m for m in found if m.category not in supported]
         if not wrong:
             return sentence

@@ -16,13 +16,13 @@ from ..zoo import detector as small
 
 
 class HubDetector:
-    """An object detector of transformers whose classes are named as in COCO.
+    """An object detector of transformers whose classes are named as in COCO. It sees an object where a box of its class
+    has at least ``threshold`` probability."""
 
-    An object counts as seen when a box of its class has at least ``threshold`` probability.
-    """
+    threshold, batch_size = 0.7, 8
 
-    def __init__(self, model, processor, threshold: float, batch_size: int = 8):
-        self.model, self.processor, self.threshold, self.batch_size = model.eval(), processor, threshold, batch_size
+    def __init__(self, model, processor):
+        self.model, self.processor = model.eval(), processor
         self.names = load_lexicon().names
         labels = getattr(model.config, "id2label", {})
         self.classes = {int(i): str(n).lower() for i, n in labels.items() if str(n).lower() in self.names}
@@ -41,12 +41,11 @@ class HubDetector:
         return found
 
 
-def load_detector(key: str = "scenes-detector", threshold: float = 0.7):
+def load_detector(key: str = "scenes-detector"):
     """A detector by key: one of ``data/models``, else the folder or hub name of a model for object detection (DETR,
     YOLOS, ...) whose classes are COCO's. Its ``detect(images)`` gives a frozenset of categories an image.
 
-    ``threshold`` is for models of transformers; the small one comes with its own. FileNotFoundError for an unknown
-    key, DataError for a model that names none of COCO's categories.
+    FileNotFoundError for an unknown key, DataError for a model that names none of COCO's categories.
     """
     if (root() / "data" / "models" / key / "detector.json").is_file():
         return small.load_detector(key)
@@ -58,7 +57,7 @@ def load_detector(key: str = "scenes-detector", threshold: float = 0.7):
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
     model = AutoModelForObjectDetection.from_pretrained(key).to("cuda" if torch.cuda.is_available() else "cpu")
-    found = HubDetector(model, AutoImageProcessor.from_pretrained(key, backend="pil"), threshold)
+    found = HubDetector(model, AutoImageProcessor.from_pretrained(key, backend="pil"))
     if not found.classes:
         raise DataError(f"the detector {key!r} names none of COCO's 80 categories (config.json, id2label)")
     return found

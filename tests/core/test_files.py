@@ -29,7 +29,7 @@ from alea_lib.core.tables import read_csv
 from alea_lib.metrics.amber import read_amber
 from alea_lib.metrics.answers import read_table
 from alea_lib.metrics.mme import read_mme, read_mme_answers
-from alea_lib.pairs.imported import import_pairs
+from alea_lib.pairs.table import import_pairs
 
 ODD = "a\u2028b\u0085c\x1cd"  # splitlines would cut at each of these
 

@@ -27,12 +27,12 @@ class Collected(SimpleNamespace):
         return self.needs[need]
 
 
-def score(name, p, n, **options):
+def score(name, p, n):
     """A locator of states on states [N,L,D]; the input embeddings of both answers are all ones."""
     ones = torch.ones_like(p[:, :1])
     shapes = geometry(torch.cat([ones, p], 1), torch.cat([ones, n], 1)).numpy()
     states = {"positive": p.numpy(), "negative": n.numpy(), "geometry": shapes}
-    evidence = Collected(settings=LocateSettings(**options), needs={"states": states})
+    evidence = Collected(settings=LocateSettings(), needs={"states": states})
     return LAYER_LOCATORS[name].function(evidence)
 
 
@@ -94,12 +94,13 @@ def test_whitened_is_the_distance_under_the_shrunk_covariance():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
-def test_svd_energy_is_the_share_of_the_top_singular_values():
+def test_svd_energy_is_the_share_of_the_top_singular_values(monkeypatch):
     g = torch.Generator().manual_seed(2)
     p = torch.randn(20, 3, 6, generator=g)
     n = p + torch.randn(20, 3, 6, generator=g)
     n[:, 1] = p[:, 1] + torch.randn(20, 1, generator=g) * torch.ones(6)  # one direction in layer 1
-    got = score("svd-energy", p, n, top_k=2)
+    monkeypatch.setattr("alea_lib.locate.layers.TOP", 2)
+    got = score("svd-energy", p, n)
     for layer in range(3):
         values = np.linalg.svd((n - p)[:, layer].double().numpy())[1] ** 2
         assert got[:, layer].mean() == pytest.approx(values[:2].sum() / values.sum(), rel=1e-5)
@@ -116,7 +117,7 @@ def test_probe_finds_the_layer_that_tells_the_answers_apart():
 
 
 def test_a_pair_left_out_is_really_left_out():
-    """Against training anew without it."""
+    """Against training without it."""
     g = np.random.default_rng(4)
     p, n = g.normal(size=(2, 12, 5))
     n[:, 0] += 1

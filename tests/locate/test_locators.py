@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from alea_lib.core.files import DataError
+from alea_lib.locate.causal import Probed
 from alea_lib.locate.choose import choose_heads, choose_layers, stability
-from alea_lib.locate.evidence import Evidence, Work
-from alea_lib.locate.probed import Probed
-from alea_lib.locate.registry import layer_locator
+from alea_lib.locate.evidence import Evidence, Work, layer_locator
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
-from alea_lib.locate.tokens import contrast_weights, divergence, encode, pooling_weights, suspects
+from alea_lib.locate.tokens import contrast_weights, encode, pooling_weights, suspects
+from alea_lib.models.batch import object_tokens
 from alea_lib.models.families import FAMILIES
-from alea_lib.models.tokens import object_tokens
 from alea_lib.models.vlm import VLM
 
 PAIRS = pd.DataFrame(
@@ -96,27 +95,12 @@ def test_object_tokens_of_pieces(make):
         assert rest.startswith(word), (rest, word)
 
 
-def test_a_tokenizer_without_offsets_gives_the_same(tiny):
-    class Slow:
-        is_fast = False
-
-        def __call__(self, text, **options):
-            assert "return_offsets_mapping" not in options
-            return tiny.tokenizer(text, **options)
-
-    answer = "There are two cups with an apple. There is a traffic light."
-    assert object_tokens(Reader(Slow()), answer) == object_tokens(tiny, answer)
-
-
-def test_suspects_and_divergence(tiny):
+def test_suspects(tiny):
     want = [(["cup", "apple"], ["car", "bus"], ["cup"]), (["dog"], ["cats", "cat"], ["dog"])]
     for i, named in enumerate(want):
         p, n, w = PAIRS.loc[i, ["positive", "negative", "wrong"]]
         got = suspects(tiny, p, n, w)
         assert tuple(words(tiny, text, at) for text, at in zip((p, n, n), got)) == named
-    a, b = divergence(tiny, *PAIRS.loc[0, ["positive", "negative"]])
-    assert words(tiny, PAIRS["positive"][0], [a]) == ["apple"] and words(tiny, PAIRS["negative"][0], [b]) == ["car"]
-    assert divergence(tiny, "There is a cup.", "There is a cup and a dog.")[0] is None
     with pytest.raises(DataError, match="names none of .'zebra'"):
         suspects(tiny, "There is a cup.", "There is a dog.", ["zebra"])
 
@@ -135,7 +119,7 @@ def texts_of(vlm, batch):
 def test_what_the_model_sees(tiny, seen, prompt, image):
     answers = ["There is a cup.", "There are two cups with an apple."]
     batch = encode(tiny, seen[:2], answers, LocateSettings(prompt=prompt, image=image))
-    chat = tiny.chat(tiny.prompt(prompt)).replace("<image>", "") if prompt else ""
+    chat = tiny.row.ask(tiny.prompt(prompt)).replace("<image>", "") if prompt else ""
     assert texts_of(tiny, batch) == [(f"<s>{chat} {a}", 36 * image) for a in answers]
     for i, answer in enumerate(answers):
         own = batch.ids[i][batch.labels[i] != -100]
@@ -150,16 +134,9 @@ def weighed(tiny, seen, s):
     return batch, texts
 
 
-@pytest.mark.parametrize(
-    "pooling, want",
-    [
-        ("object", [["cup", "apple"], ["dog"], ["car", "bus"], ["cats", "cat"]]),
-        ("first-divergence", [["apple"], ["dog"], ["car"], ["cats"]]),
-    ],
-)
-def test_pooled_objects(tiny, seen, pooling, want):
-    batch, texts = weighed(tiny, seen, s := LocateSettings(pooling=pooling))
-    weight = pooling_weights(tiny, batch, *texts, s)
+def test_pooled_objects(tiny, seen):
+    batch, texts = weighed(tiny, seen, s := LocateSettings(pooling="object"))
+    weight, want = pooling_weights(tiny, batch, *texts, s), [["cup", "apple"], ["dog"], ["car", "bus"], ["cats", "cat"]]
     for ids, w, named in zip(batch.ids, weight, want):
         assert [tiny.tokenizer.decode([t]).strip() for t in ids[w.nonzero()[:, 0]]] == named
         assert w.sum().item() == pytest.approx(1) and w[w > 0].unique().numel() == 1
@@ -172,13 +149,6 @@ def test_pooled_means(tiny, seen):
     torch.testing.assert_close(weight.sum(1), torch.ones(4))
     batch, texts = weighed(tiny, seen, OFFICIAL)
     assert pooling_weights(tiny, batch, *texts, OFFICIAL).unique().numel() == 1  # padding counts like any token
-
-
-def test_an_answer_that_has_run_out_of_objects_is_read_at_its_end(tiny, seen):
-    texts = [["There is a cup."], ["There is a cup with a dog."], [["dog"]]]
-    batch = encode(tiny, seen[[0, 0]], texts[0] + texts[1], s := LocateSettings(pooling="first-divergence"))
-    at = pooling_weights(tiny, batch, *texts, s).argmax(1)
-    assert [tiny.tokenizer.decode([t]) for t in batch.ids[[0, 1], at]] == [".", " dog"]
 
 
 def test_contrast_weights(tiny, seen):
@@ -271,7 +241,7 @@ def test_unknown_names(tiny, seen, locate, name):
 
 
 def test_bad_pairs(tiny, seen):
-    with pytest.raises(DataError, match="2 pairs and the features of 3 images"):
+    with pytest.raises(DataError, match="2 pairs and features of 3 images"):
         locate_layers(tiny, seen[:3], PAIRS, ["raw-l2"])
     with pytest.raises(DataError, match="lack the columns .'wrong'"):
         locate_layers(tiny, seen[:2], PAIRS.drop(columns="wrong"), ["raw-l2"])
@@ -291,8 +261,6 @@ def test_bad_pairs(tiny, seen):
 def test_bad_settings(tiny, seen):
     with pytest.raises(ValueError, match="pooling='median': choose one of mean, object"):
         LocateSettings(pooling="median")
-    with pytest.raises(ValueError, match="top_k=0"):
-        LocateSettings(top_k=0)
     with pytest.raises(ValueError, match="attention-entropy look at the image"):
         locate_layers(tiny, seen[:2], PAIRS, ["raw-l2", "attention-entropy"], LocateSettings(image=False))
     with pytest.raises(ValueError, match="a new name"):
@@ -317,8 +285,7 @@ def test_located_tables(tiny, seen):
 
 def table(rows):
     return pd.DataFrame(
-        [(p, layer, s) for p, row in enumerate(rows) for layer, s in enumerate(row)],
-        columns=["pair", "layer", "score"],
+        [(p, layer, s) for p, row in enumerate(rows) for layer, s in enumerate(row)], columns=["pair", "layer", "score"]
     )
 
 

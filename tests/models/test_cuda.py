@@ -20,11 +20,13 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 from alea_lib.adversary.objectives import attacked_logits  # noqa: E402
 from alea_lib.adversary.prefix import Prefix, PrefixSettings, fit_prefix, random_prefix  # noqa: E402
 from alea_lib.edit.export import export_adapter, export_checkpoint  # noqa: E402
-from alea_lib.edit.fit import fit_edit
+from alea_lib.edit.fit import fit_edit  # noqa: E402
 from alea_lib.edit.losses import answer_nll  # noqa: E402
 from alea_lib.edit.settings import EditSettings  # noqa: E402
+from alea_lib.models import loading  # noqa: E402
 from alea_lib.models.delta import applied, load_delta, save_delta  # noqa: E402
 from alea_lib.models.hooks import full_weight, replaced_linear  # noqa: E402
+from alea_lib.models.hub import ModelRow  # noqa: E402
 from alea_lib.models.loading import load  # noqa: E402
 
 pytestmark = pytest.mark.cuda
@@ -117,8 +119,12 @@ def test_gradients_are_the_same_after_an_evaluation(folder, features, answers):
     assert stored(vlm) == weights
 
 
-def test_half_precision_says_nearly_the_same(folder, small, features, answers):
-    half = fresh(folder, dtype=HALF)
+def test_half_precision_says_nearly_the_same(folder, small, features, answers, monkeypatch):
+    dtype = str(HALF).removeprefix("torch.")
+    row = ModelRow(key="half", hub="some/model", revision="a" * 40, dtype=dtype, four_bit=True, unquantised=[])
+    monkeypatch.setattr(loading, "model_row", lambda key: row)
+    monkeypatch.setattr(loading, "model_path", lambda key: folder)
+    half = fresh(folder)
     assert half.features([torch.zeros(96, 96, 3, dtype=torch.uint8).numpy()]).dtype == HALF
     assert nll(half, features.to(HALF), answers) == pytest.approx(nll(small, features, answers), rel=0.02)
     near(prefix_gradient(half, features.to(HALF), answers), prefix_gradient(small, features, answers), 0.2)

@@ -95,7 +95,7 @@ def test_prompts_are_those_of_the_processor(made, images, features):
     """Token for token. Processors that also take videos need torchvision; they repeat the image token in the text."""
     vlm, places = made
     for question, image in zip(QUESTIONS, images):
-        text = vlm.chat(question)
+        text = vlm.row.ask(question)
         if callable(vlm.processor):
             # some processors write image, first token and line end themselves
             text = text.removeprefix("<image>").removesuffix("\n") if text.startswith("<image>") else text
@@ -125,7 +125,7 @@ def test_an_answer_is_tokenised_as_after_its_prompt(vlm, features):
     """Prompt and answer tokenised apart are what they are together, blank or line end between them."""
     batch = vlm.encode(features, QUESTIONS, ANSWERS, eos=False)
     for i, (question, answer) in enumerate(zip(QUESTIONS, ANSWERS)):
-        whole = vlm.tokenizer(f"{vlm.chat(question)}{vlm.row.lead}{answer}", add_special_tokens=False)["input_ids"]
+        whole = vlm.tokenizer(f"{vlm.row.ask(question)}{vlm.row.lead}{answer}", add_special_tokens=False)["input_ids"]
         ours = batch.ids[i][batch.mask[i] == 1].tolist()
         assert ours[-20:] == whole[-20:] and whole[-20:].index(vlm.answer_ids(answer, False)[0]) < 20
 
@@ -272,8 +272,8 @@ def test_locators_run(vlm, features):
 
 def test_an_answer_site_ablation_by_hand(vlm, features):
     """The tail passes of the locator, which keep keys and values of the prompt, equal passes over all positions."""
+    from alea_lib.locate.causal import Probed
     from alea_lib.locate.evidence import Evidence, Work
-    from alea_lib.locate.probed import Probed
 
     work = Work(Evidence(vlm, features, PAIRS, LocateSettings(sites="answer")), np.arange(3))
     probed = Probed(work)

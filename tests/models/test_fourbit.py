@@ -13,7 +13,7 @@ from conftest import build_tiny  # noqa: E402
 from alea_lib.adversary.objectives import attacked_logits  # noqa: E402
 from alea_lib.adversary.prefix import Prefix, PrefixSettings, fit_prefix, random_prefix  # noqa: E402
 from alea_lib.edit.export import export_adapter, export_checkpoint  # noqa: E402
-from alea_lib.edit.fit import fit_edit
+from alea_lib.edit.fit import fit_edit  # noqa: E402
 from alea_lib.edit.losses import answer_nll  # noqa: E402
 from alea_lib.edit.settings import EditSettings  # noqa: E402
 from alea_lib.models.delta import applied, delta_of, load_delta, save_delta  # noqa: E402

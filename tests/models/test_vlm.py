@@ -14,18 +14,14 @@ from alea_lib.models.layout import opened
 from alea_lib.models.loading import load, model_path
 from alea_lib.models.vlm import VLM
 
-QUESTIONS = [
-    "Please describe this image in detail.",
-    "Is there a cup in the image?",
-    "Is the background blue?",
-]
+QUESTIONS = ["Please describe this image in detail.", "Is there a cup in the image?", "Is the background blue?"]
 
 
 def test_generation_equals_the_processor_and_plain_generate(tiny, tiny_world):
     files = tiny_world.split("activate").files[:3]
     images = [Image.open(f).convert("RGB") for f in files]
     ours = tiny.generate(tiny.features(files), QUESTIONS, 10)
-    inputs = tiny.processor(images=images, text=[tiny.chat(q) for q in QUESTIONS], return_tensors="pt", padding=True)
+    inputs = tiny.processor(images=images, text=[tiny.row.ask(q) for q in QUESTIONS], return_tensors="pt", padding=True)
     out = tiny.model.generate(
         **inputs, do_sample=False, max_new_tokens=10, suppress_tokens=[tiny.model.config.image_token_id]
     )
@@ -37,7 +33,7 @@ def test_generation_equals_the_processor_and_plain_generate(tiny, tiny_world):
 def test_prompt_ids_are_those_of_the_processor(tiny, tiny_world, seen):
     image = Image.open(tiny_world.split("activate").files[0])
     for question in (*QUESTIONS, *PROMPTS_SMALL.values()):
-        theirs = tiny.processor(images=image, text=tiny.chat(question))["input_ids"]
+        theirs = tiny.processor(images=image, text=tiny.row.ask(question))["input_ids"]
         assert tiny.encode(seen[:1], question).ids[0].tolist() == np.array(theirs).ravel().tolist()
 
 
@@ -50,7 +46,7 @@ def test_features_equal_the_models_own(tiny, tiny_world):
     torch.testing.assert_close(tiny.features(files, batch_size=1), features, atol=1e-5, rtol=1e-5)
     pixels = tiny.processor.image_processor(images, return_tensors="pt")["pixel_values"]
     inputs = tiny.processor(
-        images=images, text=[tiny.chat(q) for q in QUESTIONS[:2]], return_tensors="pt", padding=True
+        images=images, text=[tiny.row.ask(q) for q in QUESTIONS[:2]], return_tensors="pt", padding=True
     )
     theirs = tiny.model(**{**inputs, "pixel_values": pixels}).logits[:, -1]
     batch = tiny.encode(features, QUESTIONS[:2], side="left")

@@ -155,13 +155,7 @@ def test_which_images_give_a_pair():
         "There is a cup with a bowl and a spoon.",  # two wrong objects
         "There is a cup.",  # the same text on both sides
     ]
-    drafts = [
-        "There is a cup with a bowl.",
-        "There is a cup.",
-        "There is a dog.",
-        "There is a cup.",
-        "There is a cup.",
-    ]
+    drafts = ["There is a cup with a bowl.", "There is a cup.", "There is a dog.", "There is a cup.", "There is a cup."]
     cup = frozenset({"cup"})
     pairs = pairs_of(negatives, drafts, [cup, cup, cup, cup, cup], label_source="truth")
     assert pairs["image_id"].tolist() == [10, 13] and pairs["image"].tolist() == ["0.png", "3.png"]

@@ -11,7 +11,7 @@ from alea_lib.datasets.write import World, prepare_world
 from alea_lib.evaluate.scoring import Benchmarks, evaluate, read_benchmarks, truncated
 from alea_lib.metrics.truth import read_truth
 from alea_lib.pairs.detect import HubDetector, load_detector
-from alea_lib.pairs.imported import import_pairs
+from alea_lib.pairs.table import import_pairs
 
 
 @pytest.fixture

@@ -159,7 +159,7 @@ def test_trained_matrices(small, sizes, seen, told, optimiser):
 
 
 def test_reference_of_the_kl():
-    assert budget.kl_reference_bytes(1500, 200) == {
+    assert budget.kl_reference_bytes() == {
         "states": 1500 * 200 * 4096 * 2, "logits": 1500 * 200 * 32064 * 2, "inputs": 1500 * 876 * 4096 * 2
     }  # fmt: skip
 
