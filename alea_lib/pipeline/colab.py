@@ -34,7 +34,7 @@ if "google.colab" in sys.modules:  # fetch the repository and what Colab lacks; 
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 0, f"{{ref}} of {{url}} was not fetched: {{done.stderr}}"
     sys.path.insert(0, home)
-    from alea_lib import prepare_colab
+    from alea_lib.pipeline import prepare_colab
     prepare_colab()"""
 
 SMALL = "scenes"

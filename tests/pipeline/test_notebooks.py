@@ -105,15 +105,19 @@ def test_every_notebook_is_a_stage():
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_source_notebooks_keep_the_conventions(path):
-    for cell in code_cells(path):
+    for cell in code_cells(path.read_text(encoding="utf-8")):
         assert not cell["outputs"] and cell["execution_count"] is None, "outputs in git: run nbstripout"
-    tagged = [cell for cell in code_cells(path) if "parameters" in cell["metadata"].get("tags", [])]
+    tagged = [
+        cell
+        for cell in code_cells(path.read_text(encoding="utf-8"))
+        if "parameters" in cell["metadata"].get("tags", [])
+    ]
     assert len(tagged) == 1, "one cell tagged `parameters`"
     assert "PROFILE" in parameters(path)
     assert ... not in parameters(path).values(), "parameters are literals"
     for line in tagged[0]["source"].splitlines():
         assert re.match(r"^[A-Z][A-Z0-9_]* = .+  # \S", line), f"a value and what it means, on one line: {line}"
-    text = "\n".join(cell["source"] for cell in code_cells(path))
+    text = "\n".join(cell["source"] for cell in code_cells(path.read_text(encoding="utf-8")))
     assert re.search(rf'begin\(\s*"{path.stem}"', text), f'begin("{path.stem}", ...) names the notebook itself'
 
 
@@ -179,7 +183,9 @@ def test_notebooks_are_valid_json_with_unique_cell_ids():
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_declare_what_they_read_before_the_runs_id_is_used(path):
     """What is read is part of the id, so reading later ends the run, after all its work (see Run.uses)."""
-    code = "\n".join("".join(cell["source"]) for cell in code_cells(path)).split("run = begin(")[-1]
+    code = "\n".join("".join(cell["source"]) for cell in code_cells(path.read_text(encoding="utf-8"))).split(
+        "run = begin("
+    )[-1]
     reads = [m.start() for m in re.finditer(r"run\.(?:uses|input|results)\(|(?:published|baselines)_\w+\(run\b", code)]
     used = [m.start() for m in re.finditer(r"run\.(?:run_id|checkpoint)\b", code)]
     assert not used or max(reads, default=0) < min(used)
@@ -221,7 +227,7 @@ def undeclared(source: str) -> list[str]:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_declare_all_that_they_open(path):
     """What is not declared may change without the run being stale."""
-    assert undeclared("\n".join(cell["source"] for cell in code_cells(path))) == []
+    assert undeclared("\n".join(cell["source"] for cell in code_cells(path.read_text(encoding="utf-8")))) == []
 
 
 @pytest.mark.parametrize(
