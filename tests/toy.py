@@ -117,7 +117,7 @@ def whole_repository(folder: Path) -> Path:
     shutil.copyfile(HERE / "_config.yml", folder / "_config.yml")
     library = {
         "__init__": "",
-        "toys/__init__": '"""Toys."""\n\nfrom .editing import edit\nfrom .making import make\n\n__all__ = ["edit", "make"]\n',
+        "toys/__init__": '"""Toys."""\nfrom .editing import edit\nfrom .making import make\n',
         "toys/making": "def make(n):\n    return list(range(n))\n",
         "toys/editing": "def edit(values, lr):\n    return [v * lr for v in values]\n",
         "report/__init__": "from . import figures\n",

@@ -1,11 +1,10 @@
-"""python -m alea_lib.pipeline plan | study | execute | collect | publish | book | pdf | guard | colab"""
+"""python -m alea_lib.pipeline plan | study | execute | collect | publish | book | pdf | colab"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from ..core.paths import RunError, read_yaml, root
 
@@ -49,8 +48,6 @@ def parser() -> argparse.ArgumentParser:
     add("plan", "say what a study would do and need, and start nothing")
     for sub in (study, publish):
         sub.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone, all variants")
-    guard = add("guard", "refuse notebooks that were not executed to their end", profile=False)
-    guard.add_argument("notebooks", nargs="+", type=Path)
     add("colab", "write the cell that prepares Colab into every notebook", profile=False)
     return top
 
@@ -101,16 +98,11 @@ def act(args: argparse.Namespace) -> int | None:
         from . import book, pdf
 
         (book if args.command == "book" else pdf).build(args.profile)
-    elif args.command == "colab":
+    else:
         from .colab import write_cells
 
         for path in write_cells(sorted((root() / "notebooks").glob("*.ipynb"))):
             print(f"{path.name}: cell written")
-    else:
-        from .guard import guard
-
-        for path in args.notebooks:
-            guard(path)
     return None
 
 

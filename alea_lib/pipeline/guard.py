@@ -5,7 +5,6 @@ Each rule takes what it looks at and yields one sentence a fault. `guard` refuse
 not refused.
 """
 
-import ast
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -15,9 +14,8 @@ import pandas as pd
 
 from ..core import paths
 from ..core.paths import RunError
-from .sources import Sources, cell_code, parse_cell, source_hashes, sources_id
+from .sources import Sources, cell_code, source_hashes, sources_id
 
-LINES = 15  # of a code cell, without imports and empty lines
 EMBEDS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
 LOADED = {"stylesheet", "preload", "icon", "shortcut icon", "modulepreload"}  # kinds of <link> that a page fetches
 
@@ -67,22 +65,6 @@ def mute_figures(book: dict) -> Iterator[str]:
         for what in ("name", "caption", "alt"):
             if not str(said.get(what) or "").strip():
                 yield f"has a figure without {what} in cell {index} ({cell.get('id', '')})"
-
-
-def long_cells(book: dict) -> Iterator[str]:
-    """Code cells of more than ``LINES`` lines, not counting imports and empty lines; parameters may be many."""
-    for index, cell in enumerate(book["cells"]):
-        if cell["cell_type"] != "code" or "parameters" in cell["metadata"].get("tags", []):
-            continue
-        taken = {
-            line
-            for node in parse_cell(cell["source"]).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for line in range(node.lineno, node.end_lineno + 1)
-        }
-        lines = [n for n, line in enumerate(cell["source"].splitlines(), 1) if line.strip() and n not in taken]
-        if len(lines) > LINES:
-            yield f"has {len(lines)} lines in cell {index} ({cell.get('id', '')}): {LINES} at most, split it"
 
 
 def stale(book: dict, source: dict, record: dict, today: Sources) -> Iterator[str]:
@@ -151,7 +133,7 @@ def page_faults(page: Path, source: Path, record: dict, today: Sources) -> list[
     book, original = read(page), read(source)
     found = list(stale(book, original, record, today))
     mute = [] if found else mute_figures(as_page(book, original))
-    rules = (unfinished(book), mute, long_cells(original), found)
+    rules = (unfinished(book), mute, found)
     return [f"notebooks/{Path(source).name} {fault}" for rule in rules for fault in rule]
 
 

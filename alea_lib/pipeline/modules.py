@@ -19,7 +19,7 @@ class Import(NamedTuple):
 
 class Module(NamedTuple):
     """What one file says. ``file``: its path from the repository; ``face``: exported name -> module that defines
-    it, of an ``__init__.py`` that only exports; ``methods``: its table MODULES; ``data``: names of data files in its strings."""
+    it, of an ``__init__.py`` that only exports; ``methods``: its table MODULES; ``data``: data files that it names."""
 
     file: str
     digest: str
@@ -41,7 +41,7 @@ def parse_module(file: str, text: str) -> Module:
         imports=imports_of(nodes, here, top),
         face=_face(tree, here, top) if name == "__init__.py" else None,
         methods=_methods(tree),
-        data=tuple(sorted({n.value for n in nodes if is_text(n) and n.value.endswith((".yaml", ".json"))})),
+        data=tuple(sorted(text for text in texts(nodes) if text.endswith((".yaml", ".json")))),
     )
 
 
@@ -60,8 +60,9 @@ def syntax(node) -> str:
     return f"{type(node).__name__}({','.join(fields)})"
 
 
-def is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def texts(nodes: Iterable[ast.AST]) -> frozenset[str]:
+    """The strings that stand in code."""
+    return frozenset(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
 
 def imports_of(nodes: Iterable[ast.AST], here: str, top: str) -> tuple[Import, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core import files
-from .modules import ALL, Import, Module, as_import, imports_of, is_text, parse_module, sha256, syntax
+from .modules import ALL, Import, Module, as_import, imports_of, parse_module, sha256, syntax, texts
 
 PACKAGE = Path(__file__).resolve().parents[1]
 ENGINE = ("pipeline",)
@@ -69,12 +69,12 @@ def _parameters(text: str) -> dict:
         if "parameters" not in cell["metadata"].get("tags", []):
             continue
         for node in parse_cell(cell["source"]).body:
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            if isinstance(target, ast.Name):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target] * isinstance(node, ast.AnnAssign)
+            if targets and isinstance(targets[0], ast.Name):
                 try:
-                    found[target.id] = ast.literal_eval(node.value)
+                    found[targets[0].id] = ast.literal_eval(node.value)
                 except ValueError:
-                    found[target.id] = ...
+                    found[targets[0].id] = ...
     return found
 
 
@@ -98,7 +98,7 @@ def _read_notebook(text: str) -> tuple[str, tuple[Import, ...], frozenset[str]]:
     code = [(cell["source"], made) for cell in code_cells(text) if (made := cell_code(cell))]
     nodes = [node for source, _ in code for node in ast.walk(parse_cell(source))]
     digest = sha256(json.dumps([made for _, made in code]))
-    return digest, imports_of(nodes, "", PACKAGE.name), frozenset(n.value for n in nodes if is_text(n))
+    return digest, imports_of(nodes, "", PACKAGE.name), texts(nodes)
 
 
 def sources_id(numbers: dict[str, str]) -> str:

@@ -23,7 +23,7 @@ from . import profiles
 from .book import pages
 from .guard import changed
 from .preview import require
-from .profiles import Job
+from .profiles import Job, before
 from .sources import Sources, source_hashes
 
 
@@ -158,11 +158,6 @@ def _draw(profile: str, job: Job) -> bool:
         shutil.copystat(kept, own)
     kept.unlink()
     return True
-
-
-def before(job: Job) -> set[Job]:
-    """All jobs that must be finished before this one."""
-    return {earlier for need in job.needs for earlier in (need, *before(need))}
 
 
 def _environment() -> dict[str, str]:

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from test_notebooks import NOTEBOOKS, PROJECT, extras, requirements
+from shipped import NOTEBOOKS, PROJECT, extras, requirements
 
 from alea_lib.core import paths
 from alea_lib.pipeline import checks, colab, profiles

@@ -75,7 +75,7 @@ def to_draw() -> set[str]:
 def with_readers(labels: set[str]) -> set[str]:
     """These jobs, all that read them, and all that read the joined tables if those change."""
     jobs = profiles.plan("scenes")
-    found = {job.label for job in jobs if labels & {job.label, *(earlier.label for earlier in study.before(job))}}
+    found = {job.label for job in jobs if labels & {job.label, *(earlier.label for earlier in profiles.before(job))}}
     joined = any(job.label in found and not job.after_collect for job in jobs)
     return found | {job.label for job in jobs if job.after_collect and joined}
 
@@ -230,6 +230,6 @@ def test_drawing_goes_from_what_is_read_to_what_reads_it(finished, monkeypatch):
     assert study.draw("scenes", 2)
     assert labels(drawn) == wanted
     for at, job in enumerate(drawn):
-        assert not study.before(job) & set(drawn[at:])
+        assert not profiles.before(job) & set(drawn[at:])
     monkeypatch.setattr(study, "_draw", lambda profile, job: False)
     assert not study.draw("scenes", 2)
