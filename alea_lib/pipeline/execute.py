@@ -18,7 +18,7 @@ from . import profiles
 from .collect import collect
 from .guard import guard
 from .preview import require
-from .sources import PACKAGE, parameters
+from .sources import PACKAGE, code_cells, parameters
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -45,7 +45,7 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
             _papermill(source, partial, values, bar)
         tidy(partial)
         guard(partial)
-        if not (folder / "run.json").exists() or (folder / "run.json").stat().st_mtime < started - 1:
+        if not (folder / "run.json").exists():
             raise RunError("the notebook ended without calling run.finish(...)")
     except BaseException as error:  # Ctrl-C too may not leave a run that looks finished
         (folder / "run.json").unlink(missing_ok=True)
@@ -126,18 +126,16 @@ def heartbeat(label: str, partial: Path, every: float = 30.0):
     def beat() -> None:
         while not done.wait(every):
             with suppress(OSError, ValueError):  # papermill is writing the file at this moment
-                cells = [c for c in json.loads(partial.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
-                ran = sum(c.get("execution_count") is not None for c in cells)
-                now = min(ran + 1, len(cells))
-                say(f"stage {label}: cell {now} of {len(cells)}, {time.time() - started:.0f} s")
+                cells = code_cells(partial.read_text("utf-8"))
+                ran = sum(cell.get("execution_count") is not None for cell in cells)
+                at = min(ran + 1, len(cells))
+                say(f"stage {label}: cell {at} of {len(cells)}, {time.time() - started:.0f} s")
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    threading.Thread(target=beat, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def say(text: str) -> None:

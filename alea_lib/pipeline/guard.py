@@ -56,7 +56,7 @@ def unfinished(book: dict) -> Iterator[str]:
 
 
 def mute_figures(book: dict) -> Iterator[str]:
-    """Pictures without a name to refer to, a caption, or a text for those who do not see them."""
+    """Figures without a name to refer to, a caption, or an alternative text."""
     for index, cell in enumerate(book["cells"]):
         if not any(kind.startswith("image/") for output in cell.get("outputs", ()) for kind in output.get("data", ())):
             continue
@@ -150,29 +150,29 @@ def published(profile: str) -> dict[str, str]:
     notebooks = {path.stem: path for path in (paths.root() / "notebooks").glob("*.ipynb")}
     states = {}
     for row in runs.to_dict("records"):
-        stage = max((s for s in notebooks if row["stage"] == s or row["stage"].startswith(f"{s}-")), default="")
+        label = row["stage"]
+        stage = next((stage for stage in notebooks if label == stage or label.startswith(f"{stage}-")), "")
         if not row.get("sources_sha256"):
-            states[row["stage"]] = "unknown"
+            states[label] = "unknown"
         elif not stage:
-            states[row["stage"]] = "changed"
+            states[label] = "changed"
         else:
             params = json.loads(row["params_json"]) if row.get("params_json") else None
-            today = source_hashes(notebooks[stage], params, row["stage"].removeprefix(stage).removeprefix("-"))
-            states[row["stage"]] = "current" if row["sources_sha256"] == sources_id(today.numbers) else "changed"
+            today = source_hashes(notebooks[stage], params, label.removeprefix(stage).removeprefix("-"))
+            states[label] = "current" if row["sources_sha256"] == sources_id(today.numbers) else "changed"
     return states
 
 
 def published_mark(profile: str) -> str:
     """One sentence about the code behind the published tables of a profile."""
     states = published(profile)
-    of = {state: [run for run, found in states.items() if found == state] for state in ("changed", "unknown")}
     where = f"The tables of `data/results/{profile}`"
-    if of["changed"]:
-        stages = ", ".join(dict.fromkeys(run.split("-")[0] for run in of["changed"]))
+    if "changed" in states.values():
+        stages = ", ".join(dict.fromkeys(run.split("-")[0] for run, state in states.items() if state == "changed"))
         return (
             f"{where} are **older than the code**: what {stages} read of the library has changed since, and they were "
-            f"not computed anew. `make publish PROFILE={profile}` does that (hours)."
+            f"not computed again. `make publish PROFILE={profile}` does that (hours)."
         )
-    if of["unknown"]:
+    if "unknown" in states.values():
         return f"{where} do not say which code made them, so whether it has changed since is not known."
     return f"{where} were made by the code as it is."

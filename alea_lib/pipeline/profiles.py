@@ -88,8 +88,8 @@ def read_profile(name: str) -> Profile:
             hint = nearest([stage], profile.stages)
             raise RunError(f"{where}: `{key}` names {stage}, which is not among its stages{hint}")
     for stage, variant in profile.page_variant.items():
-        if variant not in (known := profile.variants.get(stage, {})):
-            raise RunError(f"{where}: page_variant: {stage} is {variant!r}, it must be one of {', '.join(known)}")
+        if variant not in (there := profile.variants.get(stage, {})):
+            raise RunError(f"{where}: page_variant: {stage} is {variant!r}, it must be one of {', '.join(there)}")
     return profile
 
 

@@ -69,12 +69,14 @@ def _parameters(text: str) -> dict:
         if "parameters" not in cell["metadata"].get("tags", []):
             continue
         for node in parse_cell(cell["source"]).body:
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target] * isinstance(node, ast.AnnAssign)
-            if targets and isinstance(targets[0], ast.Name):
+            if not isinstance(node, ast.Assign | ast.AnnAssign):
+                continue
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(target, ast.Name):
                 try:
-                    found[targets[0].id] = ast.literal_eval(node.value)
+                    found[target.id] = ast.literal_eval(node.value or ast.Constant(None))
                 except ValueError:
-                    found[targets[0].id] = ...
+                    found[target.id] = ...
     return found
 
 

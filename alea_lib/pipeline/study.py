@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from ..core import paths
-from ..core.files import read_record, sha256
+from ..core.files import sha256
 from ..core.paths import RunError
 from ..models import hub
 from . import profiles
@@ -36,14 +36,13 @@ def _kept(profile: str, job: Job) -> Path:
     return paths.root() / ".snakemake" / "drawing" / profile / f"{job.label}.json"
 
 
-def _read(profile: str, job: Job) -> tuple[dict, Path]:
-    """The record that counts, and where it lies."""
-    path = next(p for p in (_own(profile, job), _kept(profile, job)) if p.exists())
-    return json.loads(path.read_text(encoding="utf-8")), path
+def _record(profile: str, job: Job) -> Path | None:
+    """The record that counts; None where there is none."""
+    return next((path for path in (_own(profile, job), _kept(profile, job)) if path.exists()), None)
 
 
-def _unfinished(profile: str, job: Job) -> bool:
-    return not (_own(profile, job).exists() or _kept(profile, job).exists())
+def _read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _sources(job: Job, record: dict) -> Sources:
@@ -52,9 +51,10 @@ def _sources(job: Job, record: dict) -> Sources:
 
 def stale_reason(profile: str, job: Job) -> str:
     """Why the numbers of a finished run no longer stand for the profile ('' if they do, or if there is none)."""
-    if _unfinished(profile, job):
+    path = _record(profile, job)
+    if path is None:
         return ""
-    record, path = _read(profile, job)
+    record = _read(path)
     if path == _own(profile, job) and not path.with_name("notebook.ipynb").exists():
         return "it has no finished notebook"
     for name, value in profiles.job_settings(profile, job).items():
@@ -84,7 +84,7 @@ def to_run(profile: str) -> dict[Job, str]:
     joined = (paths.results_dir(profile) / "metrics.csv").exists()
     for job in sorted(profiles.plan(profile), key=lambda job: job.after_collect):
         reads = [o.label for o in found if o in job.needs or (job.after_collect and not o.after_collect)]
-        if _unfinished(profile, job):
+        if not _record(profile, job):
             found[job] = "it has no finished run"
         elif reason := stale_reason(profile, job):
             found[job] = reason
@@ -100,9 +100,10 @@ def to_draw(profile: str) -> dict[Job, str]:
     shown = pages(profile).values() if profiles.load_profile(profile).get("book", True) else ()
     found, again = {}, to_run(profile)
     for job in profiles.plan(profile):
-        if job in again:
+        path = _record(profile, job)
+        if job in again or path is None:
             continue
-        record, path = _read(profile, job)
+        record = _read(path)
         if path == _kept(profile, job):
             found[job] = "its last drawing did not end"
         elif job in shown and (reason := changed(record, "page_sources", _sources(job, record).page)):
@@ -120,7 +121,7 @@ def refresh(profile: str) -> None:
         profiles.check_parameters(paths.root() / "notebooks" / f"{job.stage}.ipynb", profile, job.variant, {})
     again = to_run(profile)
     for job, reason in again.items():
-        if not _unfinished(profile, job):
+        if _record(profile, job):
             print(f"stage {job.label} will run again: {reason}", flush=True)
         for path in (_own(profile, job), _kept(profile, job)):
             path.unlink(missing_ok=True)
@@ -153,7 +154,7 @@ def _draw(profile: str, job: Job) -> bool:
     done = subprocess.run([*command, "--profile", profile], cwd=paths.root(), env=_environment())
     if done.returncode:
         return False
-    old, new = json.loads(kept.read_text(encoding="utf-8")), read_record(own.parent)
+    old, new = _read(kept), _read(own)
     if all(old[key] == new[key] for key in ("run_id", "outputs_sha256")):
         shutil.copystat(kept, own)
     kept.unlink()
