@@ -63,7 +63,7 @@ def refuse(faults) -> None:
 
 
 def prepare(profile: str) -> None:
-    """Put executed notebooks and all generated text where jupyter-book reads them, after the guard has seen them."""
+    """Put executed notebooks and all generated text where jupyter-book reads them, after the guard has passed them."""
     root, shown = paths.root(), pages(profile)
     folders = dict(zip(shown, finished(profile, list(shown.values())), strict=True))
     records = {name: read_record(folder) for name, folder in folders.items()}

@@ -53,8 +53,8 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
             os.replace(partial, failed)
         if not isinstance(error, Exception):
             raise
-        seen = f"; see {failed.relative_to(paths.root())}" if failed.exists() else ""
-        raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{seen}") from error
+        where = f"; see {failed.relative_to(paths.root())}" if failed.exists() else ""
+        raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{where}") from error
     os.replace(partial, final)
     say(f"stage {label} finished in {time.time() - started:.0f} s")
     return final

@@ -121,7 +121,7 @@ class _Page(HTMLParser):
 
 
 def built(folder: Path) -> Iterator[str]:
-    """Faults of the built pages: pictures without text, tracebacks, anything that a page would fetch."""
+    """Faults of the built pages: images without text, tracebacks, anything that a page would fetch."""
     for path in sorted(Path(folder).rglob("*.html")):
         page = _Page()
         page.feed(path.read_text(encoding="utf-8"))

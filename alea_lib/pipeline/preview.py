@@ -144,7 +144,7 @@ def _memory(job: Job, params: dict, model: _Model) -> float:
 
 
 def _disk(job: Job, params: dict, model: _Model) -> float:
-    """Bytes that a stage adds: features of images that no earlier stage has seen, a delta, what an edit keeps."""
+    """Bytes that a stage adds: features of images that no earlier stage has read, a delta, what an edit keeps."""
     if not model.shape:
         return NAN
     first = job.stage in IMAGES and job.variant in ("", "base")

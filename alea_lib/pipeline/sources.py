@@ -143,12 +143,12 @@ def _reached(
     ``strings``: those that may name a method (None: all methods count); ``leave_out``: rooms that do not count, as the
     engine never does.
     """
-    found, seen, left = {}, set(), list(imports)
+    found, visited, left = {}, set(), list(imports)
     while left:
         for name in _resolve(library, left.pop()):
-            if name in seen or name.split(".")[0] in (*ENGINE, *leave_out):
+            if name in visited or name.split(".")[0] in (*ENGINE, *leave_out):
                 continue
-            seen.add(name)
+            visited.add(name)
             module = library[name]
             found |= {module.file: module.digest, **_data_files(module)}
             methods = {file for method, file in module.methods.items() if strings is None or method in strings}
