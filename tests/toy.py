@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parents[1]
+NO_CACHE = shutil.ignore_patterns("__pycache__")
 
 PROFILE = """\
 world: toys
@@ -107,22 +108,24 @@ def small_repository(folder: Path) -> Path:
 def whole_repository(folder: Path) -> Path:
     """A repository with the real engine, a toy library, four toy notebooks and a book."""
     small_repository(folder)
-    shutil.copytree(
-        HERE / "alea_lib" / "runs", folder / "alea_lib" / "runs", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    shutil.copyfile(HERE / "alea_lib" / "hub.py", folder / "alea_lib" / "hub.py")
-    shutil.copyfile(HERE / "alea_lib" / "files.py", folder / "alea_lib" / "files.py")
+    for room in ("core", "pipeline"):
+        shutil.copytree(HERE / "alea_lib" / room, folder / "alea_lib" / room, ignore=NO_CACHE)
+    for name in ("__init__", "hub", "memory"):
+        (folder / "alea_lib" / "models").mkdir(exist_ok=True)
+        shutil.copyfile(HERE / "alea_lib" / "models" / f"{name}.py", folder / "alea_lib" / "models" / f"{name}.py")
     shutil.copyfile(HERE / "notebooks" / "Snakefile", folder / "notebooks" / "Snakefile")
     shutil.copyfile(HERE / "_config.yml", folder / "_config.yml")
     library = {
-        "__init__": '_EXPORTS = {"make": "making", "edit": "editing"}\n\n\ndef __getattr__(name):\n'
-        "    from importlib import import_module\n"
-        '    return getattr(import_module("alea_lib." + _EXPORTS[name]), name)\n',
-        "making": "def make(n):\n    return list(range(n))\n",
-        "editing": "from alea_lib.making import make\n\n\ndef edit(values, lr):\n    return [v * lr for v in values]\n",
-        "tables": TABLES,
+        "__init__": "",
+        "toys/__init__": '"""Toys."""\nfrom .editing import edit\nfrom .making import make\n',
+        "toys/making": "def make(n):\n    return list(range(n))\n",
+        "toys/editing": "def edit(values, lr):\n    return [v * lr for v in values]\n",
+        "report/__init__": "from . import figures\n",
+        "report/figures": "def shown():\n    return 'drawn once'\n",
+        "core/tables": TABLES,
     }
     for name, text in library.items():
+        (folder / "alea_lib" / name).parent.mkdir(exist_ok=True)
         (folder / "alea_lib" / f"{name}.py").write_text(text, encoding="utf-8")
     score = 'import pandas as pd\nrun.finish(pd.DataFrame({"method": [VARIANT], "metric": ["sum"], "value": [total]}))'
     write_notebook(
@@ -130,7 +133,7 @@ def whole_repository(folder: Path) -> Path:
         "01_make",
         "SIZE = None  # how many\nWORLD = None  # which world",
         begin("SIZE", "WORLD"),
-        'from alea_lib import make\n(run.dir / "made.txt").write_text(str(make(run.p.SIZE)))',
+        'from alea_lib.toys import make\n(run.dir / "made.txt").write_text(str(make(run.p.SIZE)))',
         "run.finish()",
     )
     write_notebook(
@@ -138,7 +141,7 @@ def whole_repository(folder: Path) -> Path:
         "02_edit",
         "LR = None  # step",
         begin("LR"),
-        'from alea_lib import edit\nmade = eval((run.input("01_make") / "made.txt").read_text())',
+        'from alea_lib.toys import edit\nmade = eval((run.input("01_make") / "made.txt").read_text())',
         '(run.dir / "edited.txt").write_text(str(edit(made, run.p.LR)))',
         "run.finish()",
     )
@@ -167,7 +170,7 @@ def whole_repository(folder: Path) -> Path:
         "references.bib": "",
         "status.md": "# Status\n\n```{include} generated/status.md\n```\n",
     }
-    shutil.copytree(HERE / "book" / "_ext", folder / "book" / "_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(HERE / "book" / "_ext", folder / "book" / "_ext", ignore=NO_CACHE)
     for name, text in pages.items():
         (folder / "book" / name).write_text(text, encoding="utf-8")
     return folder

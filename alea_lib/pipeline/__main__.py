@@ -1,15 +1,12 @@
-"""python -m alea_lib.pipeline plan | study | execute | collect | publish | book | pdf | guard | colab"""
+"""python -m alea_lib.pipeline plan | study | execute | collect | publish | book | pdf | colab"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from ..core.paths import RunError, read_yaml, root
-
-WATCHED = ("study", "execute", "collect", "book")  # end when the make that called them is gone
 
 
 def assignments(texts: list[str]) -> dict:
@@ -49,15 +46,13 @@ def parser() -> argparse.ArgumentParser:
     add("plan", "say what a study would do and need, and start nothing")
     for sub in (study, publish):
         sub.add_argument("--only", nargs="*", default=[], metavar="STAGE", help="these stages alone, all variants")
-    guard = add("guard", "refuse notebooks that were not executed to their end", profile=False)
-    guard.add_argument("notebooks", nargs="+", type=Path)
     add("colab", "write the cell that prepares Colab into every notebook", profile=False)
     return top
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.command in WATCHED and os.environ.get("ALEA_WATCH"):
+    if os.environ.get("ALEA_WATCH"):  # end when the make that called is gone
         from .study import end_with
 
         end_with(int(os.environ["ALEA_WATCH"]))
@@ -72,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def act(args: argparse.Namespace) -> int | None:
-    """One command; each imports only what it needs."""
+    """One command; each imports only what it needs. Returns an exit status, None for 0."""
     if args.command == "plan":
         from .preview import preview, text
 
@@ -90,27 +85,23 @@ def act(args: argparse.Namespace) -> int | None:
             execute_needed(args.notebook, args.profile, args.variant)
         bar = sys.stderr.isatty() and not args.quiet
         execute(args.notebook, args.profile, args.variant, assignments(args.set), bar)
-    elif args.command in ("collect", "publish"):
-        from . import collect
+    elif args.command == "collect":
+        from .collect import collect
 
-        if args.command == "collect":
-            collect.collect(args.profile)
-        else:
-            print(f"tables copied to {collect.publish(args.profile, tuple(args.only))}")
-    elif args.command in ("book", "pdf"):
-        from . import book, pdf
+        collect(args.profile)
+    elif args.command == "publish":
+        from .collect import publish
 
-        (book if args.command == "book" else pdf).build(args.profile)
+        print(f"tables copied to {publish(args.profile, tuple(args.only))}")
     elif args.command == "colab":
         from .colab import write_cells
 
         for path in write_cells(sorted((root() / "notebooks").glob("*.ipynb"))):
             print(f"{path.name}: cell written")
     else:
-        from .guard import guard
+        from . import book, pdf
 
-        for path in args.notebooks:
-            guard(path)
+        {"book": book.build, "pdf": pdf.build}[args.command](args.profile)
     return None
 
 

@@ -58,12 +58,12 @@ def refuse(faults) -> None:
     """One error for all faults, if there are any."""
     found = list(faults)
     if found:
-        told = "\n  ".join([*found[:20], *([f"... and {len(found) - 20} more"] if len(found) > 20 else [])])
-        raise RunError(f"the book is not built:\n  {told}\n(stale pages: make study runs what has changed)")
+        lines = "\n  ".join([*found[:20], *([f"... and {len(found) - 20} more"] if len(found) > 20 else [])])
+        raise RunError(f"the book is not built:\n  {lines}\n(stale pages: make study runs what has changed)")
 
 
 def prepare(profile: str) -> None:
-    """Put executed notebooks and all generated text where jupyter-book reads them, after the guard has seen them."""
+    """Put executed notebooks and all generated text where jupyter-book reads them, after the guard has passed them."""
     root, shown = paths.root(), pages(profile)
     folders = dict(zip(shown, finished(profile, list(shown.values())), strict=True))
     records = {name: read_record(folder) for name, folder in folders.items()}
@@ -147,8 +147,8 @@ def call_jupyter_book(builder: str, first: Path) -> None:
     done = subprocess.run(command, cwd=paths.root(), capture_output=True, text=True)
     if done.returncode or not first.exists():
         lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
-        raise RunError("jupyter-book did not build the book:\n  " + "\n  ".join(told))
+        faults = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
+        raise RunError("jupyter-book did not build the book:\n  " + "\n  ".join(faults))
 
 
 def add_explorer(profile: str, html: Path) -> None:
@@ -164,33 +164,19 @@ def add_explorer(profile: str, html: Path) -> None:
 def write_status(profile: str, folders: list[Path]) -> None:
     """book/generated/status.md: where and with what the shown runs were made."""
     runs = run_table(folders)
+    changes = runs["dirty"].astype(bool).map({True: " with local changes", False: ""})
+    commits = "`" + runs["git_commit"].str[:10] + "`" + changes
     facts = {
         "Profile": profile,
-        "Code": ", ".join(
-            sorted(
-                {
-                    f"`{c[:10]}`" + (" with local changes" if d else "")
-                    for c, d in zip(runs["git_commit"], runs["dirty"].astype(bool), strict=True)
-                }
-            )
-        ),
+        "Code": ", ".join(sorted(set(commits))),
         "Device": ", ".join(sorted(set(runs["device"]))),
         "PyTorch": ", ".join(sorted(set(runs["torch"]))),
         "Transformers": ", ".join(sorted(set(runs["transformers"]))),
         "Notebook time": f"{runs['seconds'].sum() / 60:.1f} min in {len(runs)} runs",
         "Started": runs["started_utc"].min(),
     }
-    shown = runs[["stage", "run_id", "seconds", "peak_mib", "started_utc"]].rename(
-        columns={
-            "stage": "run",
-            "run_id": "run id",
-            "peak_mib": "peak memory (MiB)",
-            "started_utc": "started (UTC)",
-        }
-    )
+    names = {"stage": "run", "run_id": "run id", "seconds": "seconds", "peak_mib": "peak memory (MiB)",
+        "started_utc": "started (UTC)"}  # fmt: skip
+    shown = runs[list(names)].rename(columns=names)
     text = markdown_table(pd.DataFrame(facts.items(), columns=["", "value"])) + "\n" + markdown_table(shown)
-    path = paths.root() / "book" / "generated" / "status.md"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
+    (paths.root() / "book" / "generated" / "status.md").write_text(text, encoding="utf-8")

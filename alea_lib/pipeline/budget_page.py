@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
+from ..core.formatting import markdown_table
 from ..core.paths import root
 from ..models import memory as budget
 from ..models.memory import Plan, Shape, read_shape
 from .preview import preview
 
 MODELS = {"7B": "llava-hf/llava-1.5-7b-hf", "13B": "llava-hf/llava-1.5-13b-hf"}
+GIB = 2**30
 PROFILES = ("llava-1.5-7b", "llava-1.5-7b-t4")
 PARTS = {"decoder": "linear matrices of the decoder", "embeddings": "token embeddings", "head": "head",
     "vision": "vision tower", "projector": "projector", "norms": "norms"}  # fmt: skip
@@ -28,8 +29,6 @@ NOT_YET = "Not measured yet: no table of a GPU stands in `data/results`."
 
 def markdown() -> str:
     """All tables of the page as Markdown."""
-    from ..core.formatting import markdown_table
-
     found = measured(root() / "data" / "results")
     parts = {
         "The model": model_table(),
@@ -42,41 +41,45 @@ def markdown() -> str:
     return "\n".join(f"### {title}\n\n{text}" for title, text in texts.items())
 
 
-def _table(rows: dict[str, Callable[[Shape], float]], digits: int = 2) -> pd.DataFrame:
+def _table(rows: dict[str, list[float]], digits: int = 2) -> pd.DataFrame:
     """A figure of each model for each row."""
-    shapes = [read_shape(model) for model in MODELS.values()]
-    cells = [[name, *(f"{figure(s):,.{digits}f}" for s in shapes)] for name, figure in rows.items()]
+    cells = [[name, *(f"{figure:,.{digits}f}" for figure in figures)] for name, figures in rows.items()]
     return pd.DataFrame(cells, columns=["", *MODELS])
+
+
+def _shapes() -> list[Shape]:
+    return [read_shape(model) for model in MODELS.values()]
 
 
 def model_table() -> pd.DataFrame:
     """Parameters in millions and bytes in GiB, by model."""
-    rows = {
-        f"{label} (million)": lambda s, part=part: budget.parameters(s)[part] / 1e6 for part, label in PARTS.items()
-    }
-    rows["all parameters (million)"] = lambda s: sum(budget.parameters(s).values()) / 1e6
+    shapes = _shapes()
+    counts = [budget.parameters(s) for s in shapes]
+    rows = {f"{label} (million)": [count[part] / 1e6 for count in counts] for part, label in PARTS.items()}
+    rows["all parameters (million)"] = [sum(count.values()) / 1e6 for count in counts]
     sizes = {
-        "half precision (GiB)": lambda s: budget.model_bytes(s, False) / 2**30,
-        "NF4, scales quantised again (GiB)": lambda s: budget.model_bytes(s, True) / 2**30,
-        "NF4, four down-projections in half precision (GiB)": lambda s: budget.model_bytes(s, True, 4) / 2**30,
-        "NF4, all down-projections in half precision (GiB)": lambda s: budget.model_bytes(s, True, s.layers) / 2**30,
+        "half precision (GiB)": [budget.model_bytes(s, False) / GIB for s in shapes],
+        "NF4, scales quantised again (GiB)": [budget.model_bytes(s, True) / GIB for s in shapes],
+        "NF4, four down-projections in half precision (GiB)": [budget.model_bytes(s, True, 4) / GIB for s in shapes],
+        "NF4, all down-projections in half precision (GiB)": [
+            budget.model_bytes(s, True, s.layers) / GIB for s in shapes
+        ],
     }
     return pd.concat([_table(rows, 1), _table(sizes)], ignore_index=True)
 
 
 def edit_table() -> pd.DataFrame:
     """GiB that an edit adds to the model: trained matrices by option, graph by lowest layer and batch."""
-    rows: dict[str, Callable[[Shape], float]] = {}
+    rows, shapes, tokens = {}, _shapes(), Plan.tokens
     for n in (1, 2, 4):
         for label, options in (("AdamW", {}), ("SGD", {"optimiser": "sgd"}), ("AdamW, rank 16", {"rank": 16})):
-            rows[f"{n} down-projections, {label}"] = lambda s, n=n, o=options: budget.trained_bytes(s, n, **o) / 2**30
+            rows[f"{n} down-projections, {label}"] = [budget.trained_bytes(s, n, **options) / GIB for s in shapes]
     for batch in (1, 2, 8):
         for part, label in ((1, "all layers"), (2, "upper half"), (8, "last eighth")):
-            rows[f"graph of {batch} x {Plan.tokens} positions, {label}"] = lambda s, b=batch, part=part: (
-                budget.activation_bytes(s, s.layers // part, Plan.tokens, b) / 2**30
-            )
+            kept = [budget.activation_bytes(s, s.layers // part, tokens, batch) for s in shapes]
+            rows[f"graph of {batch} x {tokens} positions, {label}"] = [size / GIB for size in kept]
     for length in (5, 20):
-        rows[f"prefix of {length} (MiB)"] = lambda s, length=length: budget.prefix_bytes(s, length) / 2**20
+        rows[f"prefix of {length} (MiB)"] = [budget.prefix_bytes(s, length) / 2**20 for s in shapes]
     return _table(rows)
 
 
@@ -84,17 +87,12 @@ def peak_table() -> pd.DataFrame:
     """GiB of a whole step by card, all down-projections in half precision, two edited in the middle."""
     cases = {"16 GB: one item at a time, 4 answers written": Plan(batch=1, write_batch=4, max_new_tokens=256),
              "24 GB: two items, 8 answers": Plan(batch=2, write_batch=8)}  # fmt: skip
-
-    def peak(s: Shape, plan: Plan, step: str) -> float:
-        return budget.peak(s, replace(plan, edited=2, first=s.layers // 2, unquantised=s.layers))[step] / 2**30
-
-    return _table(
-        {
-            f"{label}: {step}": lambda s, plan=plan, step=step: peak(s, plan, step)
-            for label, plan in cases.items()
-            for step in ("write", "prefix", "edit")
-        }
-    )
+    rows = {}
+    for label, plan in cases.items():
+        plans = [(s, replace(plan, edited=2, first=s.layers // 2, unquantised=s.layers)) for s in _shapes()]
+        for step in ("write", "prefix", "edit"):
+            rows[f"{label}: {step}"] = [budget.peak(s, of)[step] / GIB for s, of in plans]
+    return _table(rows)
 
 
 def study_table() -> pd.DataFrame:
@@ -130,7 +128,7 @@ def _measured_row(row: dict, peaks: dict[str, int]) -> tuple[str, ...]:
     shown = {k: f"{factor * known[k]:{digits}}" for k in (key, "lo", "hi") if k in known}
     value = shown[key] + unit + (f" ({shown['lo']} to {shown['hi']})" if "lo" in shown else "")
     peak, computed = known.get("peak_gib"), peaks.get(f"{what}, {setting}", peaks.get(what))
-    beside = computed / 2**30 if peak and computed else None
+    beside = computed / GIB if peak and computed else None
     gib = ("" if n is None else f"{n:.2f}" for n in (peak, beside, known.get("reserved_gib")))
     return what, setting, value, f"{known.get('repeats', 1):.0f}", *gib
 

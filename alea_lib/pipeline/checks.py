@@ -6,29 +6,27 @@ import importlib.metadata
 import math
 import shutil
 import subprocess
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import psutil
 
 from ..core import paths
 from ..models.hub import ModelRow, in_cache, switched_off
-from .schema import Needs
+from .profiles import Needs
 
 MARGIN = 2.0  # GiB of disk to leave free
 BF16 = 8.0  # compute capability from which a card has bfloat16
 
 
-@dataclass(frozen=True)
-class Check:
-    """``found`` says what there is, and when it is not ``ok`` what is needed and how to mend it."""
+class Check(NamedTuple):
+    """``found`` says what there is, and when it is not ``ok`` what is needed and what to do."""
 
     what: str
     ok: bool
     found: str
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A card as its driver reports it."""
 
     name: str
@@ -49,7 +47,7 @@ def run_checks(
         found += [_card(needs, card), _computed(needs, card, peak_gib), _torch(), _dtype(needs, row, card)]
     if row and row.four_bit:
         there = version("bitsandbytes")
-        found.append(Check("bitsandbytes", bool(there), there or "not installed: pip install -e .[fourbit]"))
+        found.append(_check("bitsandbytes", bool(there), there or "not installed", "pip install -e .[fourbit]"))
     return [*found, _weights(key, row)]
 
 
@@ -80,59 +78,61 @@ def version(package: str) -> str:
         return ""
 
 
+def _check(what: str, ok: bool, found: str, otherwise: str) -> Check:
+    return Check(what, ok, found if ok else f"{found}; {otherwise}")
+
+
 def _disk(needs: Needs, left: float) -> Check:
     want = (needs.disk_gib if math.isnan(left) else left / 2**30) + MARGIN
-    free = free_gib()
-    how = "" if free >= want else "; make room: runs of other profiles (data/runs) can be made again"
-    return Check("free disk", free >= want, f"{free:.1f} GiB, {want:.1f} GiB are still to be written{how}")
+    found = f"{free_gib():.1f} GiB, {want:.1f} GiB are still to be written"
+    how = "make room: runs of other profiles (data/runs) can be made again"
+    return _check("free disk", free_gib() >= want, found, how)
 
 
 def _host(needs: Needs) -> Check:
-    there = host_gib()
-    how = "" if there >= needs.host_gib else "; take a machine with more, or another profile"
-    return Check("host memory", there >= needs.host_gib, f"{there:.1f} GiB, {needs.host_gib:g} GiB needed{how}")
+    found = f"{host_gib():.1f} GiB, {needs.host_gib:g} GiB needed"
+    return _check("host memory", host_gib() >= needs.host_gib, found, "take a machine with more, or another profile")
 
 
 def _hours(needs: Needs, seconds: float) -> Check:
     """The stages still to run end in the time that the profile allows for, where all were measured."""
     if math.isnan(seconds):
         return Check("time", True, f"unknown: not every stage was measured ({needs.hours:g} h allowed)")
-    ok = seconds <= needs.hours * 3600
-    how = "" if ok else "; lower the stages' sizes, or raise needs.hours in the profile"
-    return Check("time", ok, f"{seconds / 3600:.1f} h still to run, {needs.hours:g} h allowed{how}")
+    found = f"{seconds / 3600:.1f} h still to run, {needs.hours:g} h allowed"
+    how = "lower the stages' sizes, or raise needs.hours in the profile"
+    return _check("time", seconds <= needs.hours * 3600, found, how)
 
 
 def _card(needs: Needs, card: Gpu | None) -> Check:
     if card is None:
         return Check("GPU", False, f"none found (nvidia-smi does not answer); {needs.gpu_gib:g} GiB are needed")
-    ok = card.gib >= needs.gpu_gib
-    how = "" if ok else "; a profile for smaller cards may fit, see data/profiles"
-    return Check("GPU", ok, f"{card.name}, {card.gib:.1f} GiB, {needs.gpu_gib:g} GiB needed{how}")
+    found = f"{card.name}, {card.gib:.1f} GiB, {needs.gpu_gib:g} GiB needed"
+    return _check("GPU", card.gib >= needs.gpu_gib, found, "a profile for smaller cards may fit, see data/profiles")
 
 
 def _computed(needs: Needs, card: Gpu | None, peak: float) -> Check:
     """The largest step fits the card, or without one what the profile says a card must have."""
+    if math.isnan(peak):
+        return Check("largest step", True, "not known")
     room = card.gib if card else needs.gpu_gib
-    ok = math.isnan(peak) or peak <= room
-    how = "" if ok else "; lower write or train in the model's row (data/hub.yaml)"
-    return Check("largest step", ok, ("not known" if math.isnan(peak) else f"{peak:.1f} of {room:.1f} GiB") + how)
+    how = "lower write or train in the model's row (data/hub.yaml)"
+    return _check("largest step", peak <= room, f"{peak:.1f} of {room:.1f} GiB", how)
 
 
 def _torch() -> Check:
     found = version("torch")
-    ok = bool(found) and not found.endswith("+cpu")
-    how = "" if ok else "; install a build of PyTorch for CUDA: pip install torch (no TORCH_INDEX)"
-    return Check("PyTorch", ok, (found or "not installed") + how)
+    how = "install a build of PyTorch for CUDA: pip install torch (no TORCH_INDEX)"
+    return _check("PyTorch", bool(found) and not found.endswith("+cpu"), found or "not installed", how)
 
 
 def _dtype(needs: Needs, row: ModelRow | None, card: Gpu | None) -> Check:
     dtype = row.dtype if row else needs.dtype
     if dtype != needs.dtype:
         return Check("computation", False, f"the model's row says {dtype}, the profile {needs.dtype}: make them agree")
-    lacks = dtype == "bfloat16" and card is not None and card.capability < BF16
     found = f"{dtype} on compute capability {card.capability:g}" if card else dtype
-    how = f", which has none (from {BF16:g} on): use a row and a profile with float16 (llava-1.5-7b-t4)"
-    return Check("computation", not lacks, found + (how if lacks else ""))
+    lacks = dtype == "bfloat16" and card is not None and card.capability < BF16
+    how = f"it has none (from {BF16:g} on): use a row and a profile with float16 (llava-1.5-7b-t4)"
+    return _check("computation", not lacks, found, how)
 
 
 def _weights(key: str, row: ModelRow | None) -> Check:
@@ -141,6 +141,5 @@ def _weights(key: str, row: ModelRow | None) -> Check:
         return Check("model", there, f"data/models/{key}" + ("" if there else " is not there"))
     if in_cache(row):
         return Check("model", True, f"{row.hub} is in the cache")
-    off = switched_off()
-    how = "not in the cache, and the hub is switched off: call with HF_HUB_OFFLINE=0" if off else "will be downloaded"
-    return Check("model", not off, f"{row.hub}: {how}")
+    found = f"{row.hub}: {'not in the cache' if switched_off() else 'will be downloaded'}"
+    return _check("model", not switched_off(), found, "the hub is switched off: call with HF_HUB_OFFLINE=0")

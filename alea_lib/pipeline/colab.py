@@ -1,7 +1,7 @@
 """Notebooks in Colab: the cell that fetches the repository there, and what is then made ready. Imports no torch.
 
-The cell stands in every notebook, word for word the same; `python -m alea_lib.pipeline colab` writes it. Elsewhere it does
-nothing. Nothing of Colab's own is replaced: torch, numpy and the widgets stay as they are.
+`python -m alea_lib.pipeline colab` writes the same cell into every notebook; outside Colab it does nothing. Nothing of
+Colab's own is replaced: torch, numpy and the widgets stay as they are.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if "google.colab" in sys.modules:  # fetch the repository and what Colab lacks; 
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
         assert done.returncode == 0, f"{{ref}} of {{url}} was not fetched: {{done.stderr}}"
     sys.path.insert(0, home)
-    from alea_lib import prepare_colab
+    from alea_lib.pipeline import prepare_colab
     prepare_colab()"""
 
 SMALL = "scenes"

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 
 from ..core import paths
-from ..core.files import read_record
+from ..core.files import read_parquet, read_record, write_csv, write_parquet
 from ..core.paths import MissingStage, RunError
+from ..core.tables import METRIC_COLUMNS, read_csv, write_metrics
 from . import profiles
 from .profiles import Job
 from .sources import sources_id
@@ -45,35 +46,37 @@ def collect(profile: str) -> Path:
 
 def tables(folders: list[Path]) -> dict[str, pd.DataFrame]:
     """The joined tables of these runs, by name."""
-    from ..core.tables import METRIC_COLUMNS
-
-    notes = _join(folders, "notes.csv", ["stage"])
-    return {
-        "metrics": _join(folders, "scores.csv", list(METRIC_COLUMNS)),
-        "notes": notes.sort_values(list(notes.columns), kind="stable"),
+    notes = [table.assign(stage=folder.name) for table, folder in _read(folders, "notes.csv")]
+    joined = {
+        "metrics": _join([table for table, _ in _read(folders, "scores.csv")], list(METRIC_COLUMNS)),
+        "notes": _join(notes, ["stage"]),
         "runs": run_table(folders),
-        **{name: _join_with_run(folders, f"{name}.csv") for name in JOINED},
     }
+    joined["notes"] = joined["notes"].sort_values(list(joined["notes"].columns), kind="stable")
+    for name in JOINED:  # with the run that each row comes from; a bare header where no stage has one
+        found = [table.assign(run_id=read_record(folder)["run_id"]) for table, folder in _read(folders, f"{name}.csv")]
+        joined[name] = pd.concat([pd.DataFrame(columns=["run_id"]), *found], ignore_index=True)
+    return joined
+
+
+def _read(folders: list[Path], name: str) -> list[tuple[pd.DataFrame, Path]]:
+    return [(read_csv(folder / name), folder) for folder in folders if (folder / name).exists()]
+
+
+def _join(tables: list[pd.DataFrame], first: list[str]) -> pd.DataFrame:
+    """One below the other, these columns first."""
+    filled = [table for table in tables if len(table)]
+    joined = pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=first)
+    return joined[[*first, *joined.columns.drop(first)]]
 
 
 def _write(name: str, table: pd.DataFrame, path: Path) -> None:
-    from ..core.files import write_csv
-    from ..core.tables import write_metrics
-
     if name != "metrics":
         return write_csv(table, path)
     try:
         write_metrics(table, path, declared_only=False)  # each stage has checked its own methods
     except ValueError as error:
         raise RunError(f"the stages' scores do not make one table: {error}") from error
-
-
-def _join_with_run(folders: list[Path], name: str) -> pd.DataFrame:
-    """The tables of that name, with the run that each row comes from; a bare header where no stage has one."""
-    from ..core.tables import read_csv
-
-    parts = [read_csv(f / name).assign(run_id=read_record(f)["run_id"]) for f in folders if (f / name).exists()]
-    return pd.concat([pd.DataFrame(columns=["run_id"]), *parts], ignore_index=True)
 
 
 def publish(profile: str, stages: tuple[str, ...] = ()) -> Path:
@@ -90,41 +93,34 @@ def publish(profile: str, stages: tuple[str, ...] = ()) -> Path:
         raise RunError(
             f"profile {profile} runs no {', '.join(unknown)}; it has {', '.join({j.stage: 0 for j in jobs})}"
         )
-    if not stages:
-        source = paths.results_dir(profile)
-        if not any(source.glob("*.csv")):
-            raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
-        found, old = tables(finished(profile, jobs)), {}
-    else:
-        found = tables(finished(profile, [job for job in jobs if {job.stage, job.label} & set(stages)]))
-        old = {name: _published(target, name) for name in found}
-    for name, table in _merged(old, found).items():
+    if stages:
+        jobs = [job for job in jobs if {job.stage, job.label} & set(stages)]
+    elif not any(paths.results_dir(profile).glob("*.csv")):
+        raise MissingStage(f"profile {profile} has no joined tables: make study PROFILE={profile}")
+    found = tables(finished(profile, jobs))
+    if stages:
+        found = _merged({name: _published(target, name) for name in found}, found)
+    for name, table in found.items():
         _publish_table(name, table, target)
     return target
 
 
 def _published(folder: Path, name: str) -> pd.DataFrame:
     """A table of data/results, empty if there is none."""
-    from ..core.files import read_parquet
-    from ..core.tables import read_csv
-
     for path, read in ((folder / f"{name}.csv", read_csv), (folder / f"{name}.parquet", read_parquet)):
         if path.exists():
             return read(path)
-    return pd.DataFrame()
+    return pd.DataFrame(columns=["run_id", "stage"])
 
 
 def _merged(old: dict[str, pd.DataFrame], found: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """What was published, without the rows of runs whose stage has a new one, and the new rows."""
-    if not old:
-        return found
-    before = old["runs"]
-    renewed = before[before["stage"].isin(found["runs"]["stage"])] if len(before) else before
-    gone = set(renewed["run_id"]) if len(renewed) else set()
+    stages = found["runs"]["stage"]
+    gone = old["runs"].loc[old["runs"]["stage"].isin(stages), "run_id"]
     out = {}
     for name, table in found.items():
-        key, drop = ("stage", set(found["runs"]["stage"])) if name == "notes" else ("run_id", gone)
-        kept = old[name][~old[name][key].isin(drop)] if len(old[name]) else old[name]
+        kept = old[name]
+        kept = kept[~(kept["stage"].isin(stages) if name == "notes" else kept["run_id"].isin(gone))]
         out[name] = pd.concat([kept, table], ignore_index=True) if len(kept) else table
     out["runs"] = out["runs"].sort_values("stage", kind="stable")
     return out
@@ -132,9 +128,6 @@ def _merged(old: dict[str, pd.DataFrame], found: dict[str, pd.DataFrame]) -> dic
 
 def _publish_table(name: str, table: pd.DataFrame, target: Path) -> None:
     """As CSV or, where that is large, as Parquet; the other form of an earlier time goes."""
-    from ..core.files import write_parquet
-    from ..core.tables import read_csv
-
     target.mkdir(parents=True, exist_ok=True)
     small, large = target / f"{name}.csv", target / f"{name}.parquet"
     if name in JOINED and not len(table):
@@ -145,20 +138,6 @@ def _publish_table(name: str, table: pd.DataFrame, target: Path) -> None:
         small.unlink()
     else:
         large.unlink(missing_ok=True)
-
-
-def _join(folders: list[Path], name: str, first: list[str]) -> pd.DataFrame:
-    """The tables of that name from all folders, one below the other; `stage` is added if it is asked for."""
-    from ..core.tables import read_csv
-
-    parts = []
-    for folder in folders:
-        if (folder / name).exists():
-            part = read_csv(folder / name)
-            parts.append(part.assign(stage=folder.name) if "stage" in first else part)
-    parts = [part for part in parts if len(part)]
-    joined = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=first)
-    return joined[[*first, *(column for column in joined.columns if column not in first)]]
 
 
 def run_table(folders: list[Path]) -> pd.DataFrame:

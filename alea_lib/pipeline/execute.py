@@ -12,12 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..core import paths
+from ..core.files import write_json
 from ..core.paths import RunError
 from . import profiles
 from .collect import collect
 from .guard import guard
 from .preview import require
-from .sources import PACKAGE, parameters
+from .sources import PACKAGE, code_cells, parameters
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -42,10 +43,9 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
     try:
         with heartbeat(label, partial):
             _papermill(source, partial, values, bar)
-        hide_injected(partial)
-        drop_widgets(partial)
+        tidy(partial)
         guard(partial)
-        if not (folder / "run.json").exists() or (folder / "run.json").stat().st_mtime < started - 1:
+        if not (folder / "run.json").exists():
             raise RunError("the notebook ended without calling run.finish(...)")
     except BaseException as error:  # Ctrl-C too may not leave a run that looks finished
         (folder / "run.json").unlink(missing_ok=True)
@@ -53,8 +53,8 @@ def execute(notebook: str, profile: str, variant: str = "", given: dict | None =
             os.replace(partial, failed)
         if not isinstance(error, Exception):
             raise
-        seen = f"; see {failed.relative_to(paths.root())}" if failed.exists() else ""
-        raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{seen}") from error
+        where = f"; see {failed.relative_to(paths.root())}" if failed.exists() else ""
+        raise RunError(f"stage {label} failed after {time.time() - started:.0f} s: {brief(error)}{where}") from error
     os.replace(partial, final)
     say(f"stage {label} finished in {time.time() - started:.0f} s")
     return final
@@ -68,7 +68,7 @@ def execute_needed(notebook: str, profile: str, variant: str = "") -> list[Path]
     if not mine:
         raise RunError(f"profile {profile} does not run {stage}; it runs {', '.join(job.label for job in jobs)}")
     job = next((job for job in mine if job.variant == variant), mine[0])
-    wanted = [other for other in jobs if not other.after_collect] if job.after_collect else _below(job)
+    wanted = [o for o in jobs if (not o.after_collect if job.after_collect else o in profiles.before(job))]
     missing = [o for o in wanted if not (paths.run_dir(profile, o.stage, o.variant) / "run.json").exists()]
     made = [execute(other.stage, profile, other.variant) for other in missing]
     if job.after_collect:
@@ -76,22 +76,17 @@ def execute_needed(notebook: str, profile: str, variant: str = "") -> list[Path]
     return made
 
 
-def _below(job: profiles.Job) -> list[profiles.Job]:
-    """What a job reads, and what that reads, each after what it reads itself."""
-    return list(dict.fromkeys(found for need in job.needs for found in [*_below(need), need]))
-
-
 def _papermill(source: Path, output: Path, values: dict, bar: bool) -> None:
-    """One call of papermill's API, with a kernel of this very interpreter that imports this very library."""
+    """One call of papermill, with a kernel of this very interpreter that imports this very library."""
     import papermill
 
     with own_kernel():
         papermill.execute_notebook(
-            str(source),
-            str(output),
+            source,
+            output,
             parameters=values,
             kernel_name="python3",
-            cwd=str(source.parent),
+            cwd=source.parent,
             progress_bar=bar,
             coalesce_streams=True,
         )
@@ -102,17 +97,14 @@ def own_kernel():
     """Make `python3` mean sys.executable, whatever kernels are installed; pass on root and library."""
     saved = dict(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        spec = Path(folder) / "kernels" / "python3"
-        spec.mkdir(parents=True)
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=CRITICAL"]
-        (spec / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "Python 3", "language": "python"}))
-
-        def ahead(first, name):
-            return os.pathsep.join(filter(None, [str(first), os.environ.get(name)]))
-
+        write_json(
+            Path(folder) / "kernels" / "python3" / "kernel.json",
+            {"argv": argv, "display_name": "Python 3", "language": "python"},
+        )
         os.environ.update(
-            JUPYTER_PATH=ahead(folder, "JUPYTER_PATH"),
-            PYTHONPATH=ahead(PACKAGE.parent, "PYTHONPATH"),
+            JUPYTER_PATH=os.pathsep.join([folder, os.environ.get("JUPYTER_PATH", "")]).rstrip(os.pathsep),
+            PYTHONPATH=os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
             ALEA_ROOT=str(paths.root()),
             PYTHONHASHSEED="0",
             OMP_NUM_THREADS="1",
@@ -134,18 +126,16 @@ def heartbeat(label: str, partial: Path, every: float = 30.0):
     def beat() -> None:
         while not done.wait(every):
             with suppress(OSError, ValueError):  # papermill is writing the file at this moment
-                cells = [c for c in json.loads(partial.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
-                ran = sum(c.get("execution_count") is not None for c in cells)
-                now = min(ran + 1, len(cells))
-                say(f"stage {label}: cell {now} of {len(cells)}, {time.time() - started:.0f} s")
+                cells = code_cells(partial.read_text("utf-8"))
+                ran = sum(cell.get("execution_count") is not None for cell in cells)
+                at = min(ran + 1, len(cells))
+                say(f"stage {label}: cell {at} of {len(cells)}, {time.time() - started:.0f} s")
 
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    threading.Thread(target=beat, daemon=True).start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
 
 
 def say(text: str) -> None:
@@ -153,36 +143,27 @@ def say(text: str) -> None:
     print(f"{text}\n", end="", flush=True)
 
 
-def brief(error: Exception) -> str:
-    """A failure in a line or a few: which cell, which exception, the last lines of what it said."""
-    name = getattr(error, "ename", "")
-    if name:  # papermill's account of an exception in a cell
+def brief(error: BaseException) -> str:
+    """A failure in a line or a few: which cell, which exception, the last lines of its message."""
+    from papermill.exceptions import PapermillExecutionError
+
+    if isinstance(error, PapermillExecutionError):
         lines = str(error.evalue).strip().splitlines()[-3:]
-        return f"cell {error.exec_count}: {name}: " + "\n  ".join(lines)
+        return f"cell {error.exec_count}: {error.ename}: " + "\n  ".join(lines)
     if type(error).__name__ == "DeadKernelError":
         return "the kernel died (out of memory, or killed)"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def hide_injected(path: Path) -> None:
-    """Tag papermill's own parameter cell so that the book leaves it out."""
+def tidy(path: Path) -> None:
+    """Make a finished notebook a page: tag papermill's own parameter cell so that the book leaves it out, and drop live
+    controls, which would be empty boxes without a kernel."""
     book = json.loads(path.read_text(encoding="utf-8"))
+    book["metadata"].pop("widgets", None)
     for cell in book["cells"]:
         tags = cell["metadata"].get("tags", [])
         if "injected-parameters" in tags and "remove-cell" not in tags:
             cell["metadata"]["tags"] = [*tags, "remove-cell"]
-    _write(path, book)
-
-
-def drop_widgets(path: Path) -> None:
-    """Take live controls out of a finished notebook: without a kernel they would be an empty box."""
-    book = json.loads(path.read_text(encoding="utf-8"))
-    book["metadata"].pop("widgets", None)
-    for cell in book["cells"]:
         if "outputs" in cell:
             cell["outputs"] = [o for o in cell["outputs"] if WIDGET not in o.get("data", {})]
-    _write(path, book)
-
-
-def _write(path: Path, book: dict) -> None:
     path.write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -5,7 +5,6 @@ Each rule takes what it looks at and yields one sentence a fault. `guard` refuse
 not refused.
 """
 
-import ast
 import json
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -15,9 +14,8 @@ import pandas as pd
 
 from ..core import paths
 from ..core.paths import RunError
-from .sources import Sources, cell_code, parse_cell, source_hashes, sources_id
+from .sources import Sources, cell_code, source_hashes, sources_id
 
-LINES = 15  # of a code cell, without imports and empty lines
 EMBEDS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "link": "href"}
 LOADED = {"stylesheet", "preload", "icon", "shortcut icon", "modulepreload"}  # kinds of <link> that a page fetches
 
@@ -58,7 +56,7 @@ def unfinished(book: dict) -> Iterator[str]:
 
 
 def mute_figures(book: dict) -> Iterator[str]:
-    """Pictures without a name to refer to, a caption, or a text for those who do not see them."""
+    """Figures without a name to refer to, a caption, or an alternative text."""
     for index, cell in enumerate(book["cells"]):
         if not any(kind.startswith("image/") for output in cell.get("outputs", ()) for kind in output.get("data", ())):
             continue
@@ -67,22 +65,6 @@ def mute_figures(book: dict) -> Iterator[str]:
         for what in ("name", "caption", "alt"):
             if not str(said.get(what) or "").strip():
                 yield f"has a figure without {what} in cell {index} ({cell.get('id', '')})"
-
-
-def long_cells(book: dict) -> Iterator[str]:
-    """Code cells of more than ``LINES`` lines, not counting imports and empty lines; parameters may be many."""
-    for index, cell in enumerate(book["cells"]):
-        if cell["cell_type"] != "code" or "parameters" in cell["metadata"].get("tags", []):
-            continue
-        taken = {
-            line
-            for node in parse_cell(cell["source"]).body
-            if isinstance(node, ast.Import | ast.ImportFrom)
-            for line in range(node.lineno, node.end_lineno + 1)
-        }
-        lines = [n for n, line in enumerate(cell["source"].splitlines(), 1) if line.strip() and n not in taken]
-        if len(lines) > LINES:
-            yield f"has {len(lines)} lines in cell {index} ({cell.get('id', '')}): {LINES} at most, split it"
 
 
 def stale(book: dict, source: dict, record: dict, today: Sources) -> Iterator[str]:
@@ -139,7 +121,7 @@ class _Page(HTMLParser):
 
 
 def built(folder: Path) -> Iterator[str]:
-    """Faults of the built pages: pictures without text, tracebacks, anything that a page would fetch."""
+    """Faults of the built pages: images without text, tracebacks, anything that a page would fetch."""
     for path in sorted(Path(folder).rglob("*.html")):
         page = _Page()
         page.feed(path.read_text(encoding="utf-8"))
@@ -151,7 +133,7 @@ def page_faults(page: Path, source: Path, record: dict, today: Sources) -> list[
     book, original = read(page), read(source)
     found = list(stale(book, original, record, today))
     mute = [] if found else mute_figures(as_page(book, original))
-    rules = (unfinished(book), mute, long_cells(original), found)
+    rules = (unfinished(book), mute, found)
     return [f"notebooks/{Path(source).name} {fault}" for rule in rules for fault in rule]
 
 
@@ -168,29 +150,29 @@ def published(profile: str) -> dict[str, str]:
     notebooks = {path.stem: path for path in (paths.root() / "notebooks").glob("*.ipynb")}
     states = {}
     for row in runs.to_dict("records"):
-        stage = max((s for s in notebooks if row["stage"] == s or row["stage"].startswith(f"{s}-")), default="")
+        label = row["stage"]
+        stage = next((stage for stage in notebooks if label == stage or label.startswith(f"{stage}-")), "")
         if not row.get("sources_sha256"):
-            states[row["stage"]] = "unknown"
+            states[label] = "unknown"
         elif not stage:
-            states[row["stage"]] = "changed"
+            states[label] = "changed"
         else:
             params = json.loads(row["params_json"]) if row.get("params_json") else None
-            today = source_hashes(notebooks[stage], params, row["stage"].removeprefix(stage).removeprefix("-"))
-            states[row["stage"]] = "current" if row["sources_sha256"] == sources_id(today.numbers) else "changed"
+            today = source_hashes(notebooks[stage], params, label.removeprefix(stage).removeprefix("-"))
+            states[label] = "current" if row["sources_sha256"] == sources_id(today.numbers) else "changed"
     return states
 
 
 def published_mark(profile: str) -> str:
     """One sentence about the code behind the published tables of a profile."""
     states = published(profile)
-    of = {state: [run for run, found in states.items() if found == state] for state in ("changed", "unknown")}
     where = f"The tables of `data/results/{profile}`"
-    if of["changed"]:
-        stages = ", ".join(dict.fromkeys(run.split("-")[0] for run in of["changed"]))
+    if "changed" in states.values():
+        stages = ", ".join(dict.fromkeys(run.split("-")[0] for run, state in states.items() if state == "changed"))
         return (
             f"{where} are **older than the code**: what {stages} read of the library has changed since, and they were "
-            f"not computed anew. `make publish PROFILE={profile}` does that (hours)."
+            f"not computed again. `make publish PROFILE={profile}` does that (hours)."
         )
-    if of["unknown"]:
+    if "unknown" in states.values():
         return f"{where} do not say which code made them, so whether it has changed since is not known."
     return f"{where} were made by the code as it is."

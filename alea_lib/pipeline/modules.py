@@ -1,8 +1,8 @@
-"""What one library file says, read from its syntax: what it imports, exports lazily, and a hash of its code."""
+"""What one library file says, read from its syntax: what it imports, what a face exports, and a hash of its code."""
 
 import ast
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -11,42 +11,37 @@ DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Import(NamedTuple):
-    """``name`` taken from module ``base`` (dotted, inside the package); ``uses``: its attributes that are used."""
+    """``name`` taken from module ``base`` (dotted, inside the package)."""
 
     base: str
     name: str
-    uses: tuple[str, ...] = (ALL,)
 
 
-@dataclass(frozen=True)
-class Module:
-    """What one library file says. ``face``: exported name -> submodule, of a room with a lazy face; ``methods``: its
-    table MODULES; ``by_name``: it calls import_module; ``data``: names of data files in its strings."""
+class Module(NamedTuple):
+    """What one file says. ``file``: its path from the repository; ``face``: exported name -> module that defines
+    it, of an ``__init__.py`` that only exports; ``methods``: its table MODULES; ``data``: data files that it names."""
 
-    name: str
+    file: str
     digest: str
     imports: tuple[Import, ...]
-    data: tuple[str, ...]
     face: dict[str, str] | None
-    methods: dict[str, str] | None
-    by_name: bool
+    methods: dict[str, str]
+    data: tuple[str, ...]
 
 
 @cache
-def parse_module(name: str, text: str) -> Module:
-    """A file by its path from the repository and its text."""
+def parse_module(file: str, text: str) -> Module:
     tree = ast.parse(text)
+    top, *folders, name = file.split("/")
+    here = ".".join(folders)
     nodes = list(ast.walk(tree))
-    calls = {getattr(node.func, "attr", getattr(node.func, "id", "")) for node in nodes if isinstance(node, ast.Call)}
-    top, *folders, file = name.split("/")
     return Module(
-        name=name,
-        digest=sha256(syntax(tree).encode()),
-        imports=imports_of(tree, ".".join(folders), top),
-        data=tuple(sorted({n.value for n in nodes if is_text(n) and n.value.endswith((".yaml", ".json"))})),
-        face=_face(tree) if file == "__init__.py" else None,
-        methods=_table(tree, "MODULES"),
-        by_name="import_module" in calls,
+        file=file,
+        digest=sha256(syntax(tree)),
+        imports=imports_of(nodes, here, top),
+        face=_face(tree, here, top) if name == "__init__.py" else None,
+        methods=_methods(tree),
+        data=tuple(sorted(text for text in texts(nodes) if text.endswith((".yaml", ".json")))),
     )
 
 
@@ -65,84 +60,61 @@ def syntax(node) -> str:
     return f"{type(node).__name__}({','.join(fields)})"
 
 
-def is_text(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def texts(nodes: Iterable[ast.AST]) -> frozenset[str]:
+    """The strings that stand in code."""
+    return frozenset(n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str))
 
 
-def split_name(module: str) -> tuple[str, str]:
-    base, _, name = module.rpartition(".")
-    return base, name
-
-
-def _uses(tree: ast.AST) -> dict[str, set[str]]:
-    """For each name, the attributes that are taken of it; ALL where it stands alone."""
-    found: dict[str, set[str]] = {}
-    inner = set()
-    for node in ast.walk(tree):  # a node comes before what it holds
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found.setdefault(node.value.id, set()).add(node.attr)
-            inner.add(node.value)
-        elif isinstance(node, ast.Name) and node not in inner:
-            found.setdefault(node.id, set()).add(ALL)
-    return found
-
-
-def imports_of(tree: ast.AST, here: str, top: str) -> tuple[Import, ...]:
-    """What a piece of code takes from the package ``top``; ``here``: the dotted package inside it that it lies in."""
-    uses, found = _uses(tree), []
-
-    def used(name: str) -> tuple[str, ...]:
-        return tuple(sorted(uses.get(name, {ALL})))
-
-    for node in ast.walk(tree):
+def imports_of(nodes: Iterable[ast.AST], here: str, top: str) -> tuple[Import, ...]:
+    """What code takes from the package ``top``; ``here``: the dotted package inside it that the code lies in."""
+    found = []
+    for node in nodes:
         if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name == top:
-                    found += [Import("", name) for name in used(alias.asname or top)]
-                elif alias.name.startswith(f"{top}."):
-                    base, name = split_name(alias.name.removeprefix(f"{top}."))
-                    found.append(Import(base, name, used(alias.asname) if alias.asname else (ALL,)))
-        elif isinstance(node, ast.ImportFrom) and (base := _base(node, here, top)) is not None:
-            found += [Import(base, alias.name, used(alias.asname or alias.name)) for alias in node.names]
+            inside = [alias.name.partition(".")[2] for alias in node.names if alias.name.startswith(f"{top}.")]
+            found += [as_import(module) for module in inside]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                parts = here.split(".") if here else []
+                parts = parts[: len(parts) - node.level + 1] + ([module] if module else [])
+            elif module.split(".")[0] == top:
+                parts = module.split(".")[1:]
+            else:
+                continue
+            found += [Import(".".join(parts), alias.name) for alias in node.names]
     return tuple(found)
 
 
-def _base(node: ast.ImportFrom, here: str, top: str) -> str | None:
-    """The module that names come from, dotted and relative to the package; None: not of this package."""
-    module = node.module or ""
-    if node.level:
-        parts = here.split(".") if here else []
-        return ".".join([*parts[: len(parts) - node.level + 1], *([module] if module else [])])
-    if module == top or module.startswith(f"{top}."):
-        return module.removeprefix(top).lstrip(".")
-    return None
+def as_import(module: str) -> Import:
+    base, _, name = module.rpartition(".")
+    return Import(base, name)
 
 
-def _table(tree: ast.Module, name: str) -> dict[str, str] | None:
-    """A module-level dict literal of strings, if there is one of that name."""
+def _methods(tree: ast.Module) -> dict[str, str]:
+    """The module-level table MODULES: name of a method -> the module beside it that holds it."""
     for node in tree.body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        if getattr(targets[0], "id", "") != name or not isinstance(node.value, ast.Dict):
-            continue
-        if all(is_text(part) for part in (*node.value.keys, *node.value.values)):
+        if isinstance(node, ast.AnnAssign) and getattr(node.target, "id", "") == "MODULES":
             return ast.literal_eval(node.value)
-    return None
+    return {}
 
 
-def _face(tree: ast.Module) -> dict[str, str] | None:
-    """Exported name -> submodule, of a lazy face."""
-    if (exports := _table(tree, "_EXPORTS")) is not None:  # the flat table of the package
-        return exports
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "attach":
-            given = dict(zip(("package_name", "submodules", "submod_attrs"), node.args, strict=False))
-            given |= {keyword.arg: keyword.value for keyword in node.keywords}
-            rooms, attributes = (
-                ast.literal_eval(given.get(name, ast.Constant(None))) or {} for name in ("submodules", "submod_attrs")
-            )
-            return {name: name for name in rooms} | {n: sub for sub, names in attributes.items() for n in names}
-    return None
+def _face(tree: ast.Module, here: str, top: str) -> dict[str, str] | None:
+    """What an ``__init__.py`` exports, by ``lazy_loader.attach`` or by ``from .module import name``; None where it
+    holds other code."""
+    found: dict[str, str] = {}
+    for node in tree.body[1:] if ast.get_docstring(tree) else tree.body:
+        if isinstance(node, ast.ImportFrom):
+            for base, exported in imports_of([node], here, top):
+                found[exported] = base if base != here else f"{base}.{exported}"
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):  # lazy_loader.attach
+            given = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.value.keywords}
+            found |= {name: f"{here}.{name}" for name in given.get("submodules", ())}
+            for module, names in given.get("submod_attrs", {}).items():
+                found |= dict.fromkeys(names, f"{here}.{module}")
+        elif not isinstance(node, ast.Import) and ast.unparse(node).split(" ")[0] != "__all__":
+            return None
+    return found
 
 
-def sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

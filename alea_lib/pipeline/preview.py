@@ -6,8 +6,8 @@ Needs no torch, no GPU and no network.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -30,8 +30,7 @@ OTHER, NEVER = "measured here with other parameters", "not measured"
 NAN = float("nan")
 
 
-@dataclass(frozen=True)
-class Preview:
+class Preview(NamedTuple):
     """``stages``: stage, state, seconds, source, gpu_gib, disk_gib, params, reads, writes, command.
     ``downloads``: what, bytes, there. ``checks``: what must hold for the study to reach its end."""
 
@@ -39,11 +38,10 @@ class Preview:
     about: str
     stages: pd.DataFrame
     downloads: pd.DataFrame
-    checks: list[Check] = field(default_factory=list)
+    checks: list[Check]
 
 
-@dataclass(frozen=True)
-class _Model:
+class _Model(NamedTuple):
     """What is known of a profile's model; ``shape`` is None where the profile asks for no GPU."""
 
     key: str
@@ -58,14 +56,15 @@ def preview(profile: str) -> Preview:
     shape = budget.read_shape(row.hub if row else asked.model) if needs and needs.gpu_gib else None
     model = _Model(asked.model, row, shape)
     published = _published(profile)
-    table = pd.DataFrame([_stage(profile, job, resolved(profile, job), model, published) for job in jobs])
-    parts = needs.parts if needs else []
-    downloads = pd.DataFrame(_downloads(model, parts), columns=["what", "bytes", "there"])
-    found = []
+    table = pd.DataFrame([_stage(profile, job, model, published) for job in jobs])
+    found = _downloads(model, needs.parts if needs else [])
+    downloads = pd.DataFrame(found, columns=["what", "bytes", "there"])
+    held = []
     if needs:
         left = _left(table, downloads)
-        found = checks.run_checks(needs, model.key, row, table["gpu_gib"].max(), left, _seconds_left(table))
-    return Preview(profile, _about(asked.world, model), table, downloads, found)
+        seconds = _known(table)[table["state"] != "finished"].sum(skipna=False)
+        held = checks.run_checks(needs, model.key, row, table["gpu_gib"].max(), left, seconds)
+    return Preview(profile, _about(asked.world, model), table, downloads, held)
 
 
 def require(profile: str) -> None:
@@ -77,25 +76,23 @@ def require(profile: str) -> None:
         raise RunError(f"profile {profile} cannot reach its end here, so nothing was started: {'; '.join(failed)}")
 
 
-def resolved(profile: str, job: Job) -> dict:
+def _resolved(profile: str, job: Job, settings: dict) -> dict:
     """The parameters of a job, none left open. RunError names what no one sets."""
     notebook = paths.root() / "notebooks" / f"{job.stage}.ipynb"
     profiles.check_parameters(notebook, profile, job.variant, {})
-    settings = profiles.job_settings(profile, job)
-    written = parameters(notebook)
-    missing = sorted(k for k, v in written.items() if v is None and k not in settings and k != "VARIANT")
-    if missing:
+    written = {k: v for k, v in parameters(notebook).items() if k not in ("PROFILE", "VARIANT")}
+    if missing := sorted(k for k, v in written.items() if v is None and k not in settings):
         raise RunError(
             f"{job.stage}: no value for {', '.join(missing)}: set it in data/profiles/{profile}.yaml under "
             f"stages: {job.stage}"
         )
-    return {k: settings.get(k, v) for k, v in written.items() if k not in ("PROFILE", "VARIANT")}
+    return {k: settings.get(k, v) for k, v in written.items()}
 
 
-def _stage(profile: str, job: Job, params: dict, model: _Model, published: dict[str, float]) -> dict:
-    folder = paths.run_dir(profile, job.stage, job.variant)
+def _stage(profile: str, job: Job, model: _Model, published: dict[str, float]) -> dict:
+    folder, settings = paths.run_dir(profile, job.stage, job.variant), profiles.job_settings(profile, job)
+    params = _resolved(profile, job, settings)
     record = read_record(folder) if (folder / "run.json").exists() else None
-    settings = profiles.job_settings(profile, job)
     done = record is not None and all(record["params"].get(name) == value for name, value in settings.items())
     if record and (done or job.label not in published):
         seconds, source = record["seconds"], HERE if done else OTHER
@@ -118,10 +115,7 @@ def _stage(profile: str, job: Job, params: dict, model: _Model, published: dict[
 def _published(profile: str) -> dict[str, float]:
     """Seconds of a profile's published runs by stage."""
     path = paths.root() / "data" / "results" / profile / "runs.csv"
-    if not path.exists():
-        return {}
-    table = pd.read_csv(path)
-    return dict(zip(table["stage"], table["seconds"].astype(float)))
+    return pd.read_csv(path).set_index("stage")["seconds"].astype(float).to_dict() if path.exists() else {}
 
 
 def memory_plan(row: ModelRow, shape: Shape, params: dict) -> Plan:
@@ -150,7 +144,7 @@ def _memory(job: Job, params: dict, model: _Model) -> float:
 
 
 def _disk(job: Job, params: dict, model: _Model) -> float:
-    """Bytes that a stage adds: features of images that no earlier stage has seen, a delta, what an edit keeps."""
+    """Bytes that a stage adds: features of images that no earlier stage has read, a delta, what an edit keeps."""
     if not model.shape:
         return NAN
     first = job.stage in IMAGES and job.variant in ("", "base")
@@ -171,11 +165,6 @@ def _left(stages: pd.DataFrame, downloads: pd.DataFrame) -> float:
     edits = todo["stage"].str.startswith("05_edit")
     disk = todo.loc[~edits, "disk_gib"].sum(skipna=False) + (todo.loc[edits, "disk_gib"].max() if edits.any() else 0.0)
     return disk * 2**30 + downloads.loc[~downloads["there"].astype(bool), "bytes"].sum()
-
-
-def _seconds_left(stages: pd.DataFrame) -> float:
-    """Seconds of the stages still to run; nan where one of them was not measured as it would run."""
-    return _known(stages)[stages["state"] != "finished"].sum(skipna=False)
 
 
 def _known(stages: pd.DataFrame) -> pd.Series:
@@ -233,13 +222,11 @@ def _total(p: Preview) -> list[str]:
     known = _known(p.stages)
     unknown = p.stages[known.isna()]
     total = f"all stages one after the other: {duration(known.sum())}"
-    if not len(unknown):
+    if unknown.empty:
         return [total]
-    return [
-        *([f"{total}, and {len(unknown)} stages of unknown time"] if len(unknown) < len(known) else []),
-        "not measured: run it once, or a short probe with small numbers, e.g. "
-        f'{unknown["command"].iloc[0]} PARAMS="NAME=VALUE ..."',
-    ]
+    probe = f'{unknown["command"].iloc[0]} PARAMS="NAME=VALUE ..."'
+    lines = [f"{total}, and {len(unknown)} stages of unknown time"] if len(unknown) < len(known) else []
+    return [*lines, f"not measured: run it once, or a short probe with small numbers, e.g. {probe}"]
 
 
 def duration(seconds: float) -> str:

@@ -4,13 +4,55 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, TypeAdapter
 
 from ..core.paths import RunError, nearest, read_data, read_yaml, root
-from ..core.schema import validated
-from .schema import Profile, Reads
+from ..core.schema import Dtype, Strict, validated
 from .sources import parameters
+
+# of a stage, untyped: names are compared with the notebook's own (``profiles.check_parameters``)
+Parameters = Annotated[dict[str, Any], BeforeValidator(lambda values: {} if values is None else values)]
+
+
+class Needs(Strict):
+    """The section ``needs`` of a profile. ``gpu_gib``: memory of the card; ``disk_gib`` for everything, downloads
+    included; ``download_gb`` in 10^9 bytes; ``hours``: of all stages; ``parts`` of the world's downloads."""
+
+    gpu_gib: float = Field(0.0, ge=0)
+    dtype: Dtype = "float32"
+    host_gib: float = Field(0.0, ge=0)
+    disk_gib: float = Field(0.0, ge=0)
+    download_gb: float = Field(0.0, ge=0)
+    hours: float = Field(0.0, ge=0)
+    parts: list[str] = []
+
+
+def _named(variants: Any) -> Any:
+    """A list of variants as a mapping of variants to the parameters in which they differ."""
+    return dict.fromkeys(variants) if isinstance(variants, list) else variants or {}
+
+
+class Profile(Strict):
+    """data/profiles/<name>.yaml. Plain values serve every stage whose notebook has a parameter of that name."""
+
+    world: str = ""
+    model: str = ""
+    detector: str = ""
+    four_bit: bool = False
+    max_new_tokens: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0)
+    book: bool = True
+    note: str = ""
+    needs: Needs | None = None
+    stages: dict[str, Parameters] = Field(min_length=1)
+    variants: dict[str, Annotated[dict[str, Parameters], BeforeValidator(_named)]] = {}
+    page_variant: dict[str, str] = {}
+
+
+Reads = TypeAdapter(dict[str, Annotated[list[str], BeforeValidator(lambda entries: entries or [])]])
 
 
 @dataclass(frozen=True)
@@ -27,6 +69,11 @@ class Job:
         return f"{self.stage}-{self.variant}" if self.variant else self.stage
 
 
+def before(job: Job) -> set[Job]:
+    """All jobs that must be finished before this one."""
+    return {earlier for need in job.needs for earlier in (need, *before(need))}
+
+
 def read_profile(name: str) -> Profile:
     """data/profiles/<name>.yaml. RunError for a name, key or value that cannot be meant."""
     folder = root() / "data" / "profiles"
@@ -36,31 +83,14 @@ def read_profile(name: str) -> Profile:
         raise RunError(f"no profile '{name}': the profiles are {listed} (data/profiles){nearest([name], known)}")
     where = f"data/profiles/{name}.yaml"
     profile = validated(Profile, read_data(f"profiles/{name}") or {}, where)
-    _check_common(profile, where)
-    for key, section in (("variants", profile.variants), ("page_variant", profile.page_variant)):
-        for stage in set(section) - set(profile.stages):
+    for key in ("variants", "page_variant"):
+        for stage in set(getattr(profile, key)) - set(profile.stages):
             hint = nearest([stage], profile.stages)
             raise RunError(f"{where}: `{key}` names {stage}, which is not among its stages{hint}")
     for stage, variant in profile.page_variant.items():
-        if variant not in (known := profile.variants.get(stage, {})):
-            raise RunError(f"{where}: page_variant: {stage} is {variant!r}, it must be one of {', '.join(known)}")
+        if variant not in (there := profile.variants.get(stage, {})):
+            raise RunError(f"{where}: page_variant: {stage} is {variant!r}, it must be one of {', '.join(there)}")
     return profile
-
-
-def _check_common(profile: Profile, where: str) -> None:
-    """Another plain value at the top must be the parameter of a notebook that the profile runs."""
-    if not profile.model_extra:
-        return
-    paths = [root() / "notebooks" / f"{stage}.ipynb" for stage in profile.stages]
-    names = {name.lower() for path in paths if path.exists() for name in parameters(path)}
-    for key, value in profile.model_extra.items():
-        if key not in names or isinstance(value, (dict, list)):
-            fields = sorted(Profile.model_fields)
-            hint = nearest([key], [*fields, *sorted(names)])
-            raise RunError(
-                f"{where}: has no entry {key}{hint}; there are {', '.join(fields)}, and plain values for parameters "
-                "of its notebooks"
-            )
 
 
 def load_profile(name: str) -> dict:
@@ -92,7 +122,8 @@ def command(stage: str, variant: str, profile: str) -> str:
 
 def plan(name: str) -> list[Job]:
     """All jobs of a profile, each after the ones it reads (notebooks/stages.yaml says what reads what)."""
-    profile, reads = load_profile(name), _reads()
+    profile, path = load_profile(name), root() / "notebooks" / "stages.yaml"
+    reads = validated(Reads, read_yaml(path.read_text(encoding="utf-8")), "notebooks/stages.yaml")
     jobs: dict[tuple[str, str], Job] = {}
 
     def job(stage: str, variant: str, trail: tuple = ()) -> Job:
@@ -112,12 +143,6 @@ def plan(name: str) -> list[Job]:
         for variant in profile["variants"].get(stage) or {"": {}}:
             job(stage, variant)
     return list(jobs.values())
-
-
-def _reads() -> dict[str, list[str]]:
-    """What each stage reads, by notebooks/stages.yaml."""
-    path = root() / "notebooks" / "stages.yaml"
-    return validated(Reads, read_yaml(path.read_text(encoding="utf-8")), "notebooks/stages.yaml")
 
 
 def _upstream(profile: dict, stage: str, variant: str, entry: str) -> list[tuple[str, str]]:
@@ -144,16 +169,10 @@ def _upstream(profile: dict, stage: str, variant: str, entry: str) -> list[tuple
 
 def job_settings(profile: str, job: Job) -> dict:
     """The parameters a profile gives to a job: its section, and the common ones its notebook asks for."""
-    path = root() / "data" / "profiles" / f"{profile}.yaml"
-    asked = _profile(path, path.stat().st_mtime_ns)
+    asked = load_profile(profile)
     names = parameters(root() / "notebooks" / f"{job.stage}.ipynb")
     shared = {key: value for key, value in common(asked).items() if key in names}
     return {**shared, **settings(asked, job.stage, job.variant)}
-
-
-@lru_cache(maxsize=8)
-def _profile(path: Path, _written: int) -> dict:
-    return load_profile(path.stem)
 
 
 def check_parameters(notebook: Path, profile: str, variant: str, given: dict) -> None:

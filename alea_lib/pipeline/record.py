@@ -1,6 +1,5 @@
 """One run of one stage: its parameters, what it read, what it wrote, and the record that says it finished."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,8 +16,10 @@ import pandas as pd
 from ..core import paths
 from ..core.files import hash_of, read_record, sha256, write_json
 from ..core.paths import MissingStage, RunError
+from ..core.tables import METRIC_COLUMNS, write_metrics
 from ..models import hub
 from . import profiles
+from .checks import version
 from .sources import Sources, source_hashes
 
 # Files that hold times or names of runs may differ between equal runs: recorded, but no part of a run's id.
@@ -27,28 +28,23 @@ UNSTABLE = ("run.json", "*.ipynb", "scores.csv", "notes.csv", "localisation.csv"
 
 def begin(stage: str, profile: str, variant: str = "", **params) -> "Run":
     """Start a stage: parameters that are None take the profile's value, the folder is made ready."""
-    variant = variant or ""
-    asked = profiles.load_profile(profile)
-    where = f"data/profiles/{profile}.yaml"
+    asked, where = profiles.load_profile(profile), f"data/profiles/{profile}.yaml"
     section = profiles.settings(asked, stage, variant)
-    unknown = sorted(set(section) - set(params))
-    if unknown:
+    if unknown := sorted(set(section) - set(params)):
         raise RunError(
             f"{where} sets {', '.join(unknown)} for {stage}, which has no such parameter (it has {', '.join(params)})"
         )
     values = {**profiles.common(asked), **section}
-    missing = [name for name, value in params.items() if value is None and name not in values]
-    if missing:
+    given = {name: value for name, value in params.items() if value is not None}
+    if missing := [name for name in params if name not in given and name not in values]:
         raise RunError(
             f"{stage}: no value for {', '.join(missing)}: set it in {where} under stages: {stage}, or in the notebook"
         )
-    resolved = {name: values[name] if value is None else value for name, value in params.items()}
-    try:
-        resolved = json.loads(json.dumps(resolved))  # tuples and lists alike, and nothing that cannot be recorded
+    try:  # tuples and lists alike, and nothing that cannot be recorded
+        resolved = json.loads(json.dumps({name: given.get(name, values.get(name)) for name in params}))
     except TypeError as error:
         raise RunError(f"{stage}: parameters must be numbers, texts, lists or mappings of these ({error})") from None
-    given = {name for name, value in params.items() if value is not None}
-    return Run(stage, profile, variant, resolved, given)
+    return Run(stage, profile, variant, resolved, set(given))
 
 
 class Run:
@@ -77,10 +73,9 @@ class Run:
 
     def table(self) -> pd.DataFrame:
         """The parameters in force, to be shown at the top of the notebook."""
-        rows = [("PROFILE", self.profile, "notebook"), ("VARIANT", self.variant, "notebook")]
-        for name, value in self.params.items():
-            rows.append((name, value, "notebook" if name in self._given else "profile"))
-        rows = [row for row in rows if row[:2] != ("VARIANT", "")]
+        rows = [("PROFILE", self.profile, "notebook")]
+        rows += [("VARIANT", self.variant, "notebook")] if self.variant else []
+        rows += [(k, v, "notebook" if k in self._given else "profile") for k, v in self.params.items()]
         return pd.DataFrame(rows, columns=["parameter", "value", "set in"]).set_index("parameter").astype(str)
 
     def input(self, stage: str, variant: str = "") -> Path:
@@ -102,12 +97,12 @@ class Run:
         of the hub is recorded by its revision and how it is loaded, one in another folder by its files.
         """
         path = paths.root() / path
-        if not path.exists() and (found := hub.outside(path)):
+        if path.exists():
+            self._declare(_name(path), {"sha256": sha256(path)})
+        elif found := hub.outside(path):
             self._declare(*found)
-            return path
-        if not path.exists():
+        else:
             raise RunError(f"{self.stage} reads {path.name}, which is not there ({_name(path)})")
-        self._declare(_name(path), {"sha256": sha256(path)})
         return path
 
     def results(self) -> Path:
@@ -141,8 +136,6 @@ class Run:
 
     def _write_scores(self, scores: pd.DataFrame) -> None:
         """The rows of this run for metrics.csv, checked here so that a mistake shows where it was made."""
-        from ..core.tables import METRIC_COLUMNS, write_metrics
-
         rows = scores.assign(run_id=self.run_id, profile=self.profile)
         known = [column for column in METRIC_COLUMNS if column in rows]
         rows = rows[known + [column for column in rows if column not in known]]
@@ -210,19 +203,13 @@ def code() -> dict:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    def version(package: str) -> str:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return "none"
-
     changes = git("status", "--porcelain", "--untracked-files=no")
     return {
         "git_commit": git("rev-parse", "HEAD") or "none",
         "dirty": changes is None or bool(changes),
         "python": platform.python_version(),
-        "torch": version("torch"),
-        "transformers": version("transformers"),
+        "torch": version("torch") or "none",
+        "transformers": version("transformers") or "none",
     }
 
 

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
-from test_notebooks import NOTEBOOKS, PROJECT, extras, requirements
+from shipped import NOTEBOOKS, PROJECT, extras, requirements
 
 from alea_lib.core import paths
 from alea_lib.pipeline import checks, colab, profiles
@@ -199,7 +199,7 @@ def trees():
     for path in sorted((ROOT / "alea_lib").rglob("*.py")):
         yield path.name, ast.parse(path.read_text(encoding="utf-8"))
     for path in NOTEBOOKS:
-        for cell in code_cells(path):
+        for cell in code_cells(path.read_text(encoding="utf-8")):
             yield path.name, ast.parse(cell["source"])
 
 
@@ -286,7 +286,7 @@ def test_a_notebook_opened_in_colab_runs(version, tmp_path):
         assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
         return done.stdout
 
-    cell = "".join(code_cells(here / "05_edit.ipynb")[0]["source"])
+    cell = "".join(code_cells((here / "05_edit.ipynb").read_text())[0]["source"])
     told = run("-c", f"{cell}\nprint(os.environ['PYTHONPATH'], os.environ['ALEA_ROOT'], sep='\\n')").splitlines()
     assert '"scenes"' in told[0]
     clone = Path(told[2])

@@ -18,15 +18,16 @@ from alea_lib.core.files import read_parquet, read_record
 from alea_lib.core.paths import MissingStage, RunError, read_yaml, root, run_dir
 from alea_lib.core.tables import read_csv
 from alea_lib.pipeline import collect as collect_tables
+from alea_lib.pipeline import sources
 from alea_lib.pipeline.__main__ import assignments, main
 from alea_lib.pipeline.collect import collect, publish
-from alea_lib.pipeline.execute import brief, execute, hide_injected
+from alea_lib.pipeline.execute import brief, execute, tidy
 from alea_lib.pipeline.guard import guard
 from alea_lib.pipeline.modules import syntax
 from alea_lib.pipeline.profiles import load_profile, plan, settings
 from alea_lib.pipeline.record import begin
 from alea_lib.pipeline.sources import parameters, source_hashes
-from alea_lib.pipeline.study import clear_stale_lock, stale_reason
+from alea_lib.pipeline.study import alone, stale_reason
 
 
 @pytest.fixture
@@ -285,92 +286,79 @@ def reached(tmp_path, monkeypatch):
     return find
 
 
-PLAIN = {
-    "__init__.py": '_EXPORTS = {"fit": "edit.fit", "draw": "figures", "pick": "locate"}',
-    "edit/__init__.py": "",
-    "edit/fit.py": "from . import delta\nfrom ..taps import read\nimport torch",
-    "edit/delta.py": "def go():\n    from alea_lib.core.tables import write",
-    "edit/unused.py": "",
-    "taps.py": 'TABLE = "families.yaml"',
-    "tables.py": "from alea_lib.pipeline import root",
-    "figures.py": "from alea_lib import fit",
-    "families.yaml": "{}",
-    "runs/__init__.py": "",
-    "locate/__init__.py": "from importlib import import_module\nimport_module(name)",
-    "locate/layers.py": "",
-    "locate/heads.py": "",
-}
-
-
-def test_dependencies_follow_exports_imports_and_named_data_files(reached):
-    of_fit = {"edit/__init__.py", "edit/fit.py", "edit/delta.py", "taps.py", "tables.py", "families.yaml"}
-    of_locate = {f"locate/{name}.py" for name in ("__init__", "layers", "heads")}
-    for cell, files in {
-        "%matplotlib inline\nfrom alea_lib import fit": of_fit,
-        "import alea_lib.taps": {"taps.py", "families.yaml"},
-        "from alea_lib import tables, begin": {"tables.py"},
-        "from alea_lib import pick": of_locate,
-        "import alea_lib as al\nprint(al)": of_fit | of_locate,
-        "import alea_lib as al\nal.fit()": of_fit,
-        "import numpy": set(),
-    }.items():
-        assert reached(PLAIN, cell) == files, cell
+def lazy(**exports: list[str]) -> str:
+    """A lazy face: names by submodule."""
+    return (
+        '"""A room."""\nimport lazy_loader\n__getattr__, __dir__, __all__ = lazy_loader.attach(\n'
+        f"    __name__, submod_attrs={exports})\n"
+    )
 
 
 ROOMS = {
-    "__init__.py": '_EXPORTS = {"figures": "figures"}',
-    "locate/__init__.py": """import lazy_loader
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submod_attrs={"run": ["locate_layers", "locate_heads"], "choose": ["choose_layers"]}
-)""",
-    "locate/run.py": "from .settings import S",
-    "locate/choose.py": "from alea_lib.locate import locate_layers",
-    "locate/settings.py": "",
-    "figures/__init__.py": "from .common import curves",
-    "figures/common.py": "from ..stats import mean\nfrom ..colours import ROWS",
-    "stats.py": "",
-    "colours.py": "",
+    "__init__.py": "",
+    "core/__init__.py": lazy(stats=["mean"]),
+    "core/stats.py": 'TABLE = "families.yaml"',
+    "core/families.yaml": "{}",
+    "core/colours.py": "",
+    "locate/__init__.py": lazy(run=["locate_layers", "locate_heads"], choose=["choose_layers"]),
+    "locate/run.py": "from .settings import S\nimport torch",
+    "locate/choose.py": "def go():\n    from alea_lib.locate import locate_layers",
+    "locate/settings.py": "from ..pipeline.sources import x\nfrom ..core import stats",
+    "locate/unused.py": "",
+    "report/__init__.py": 'import lazy_loader\na, b, c = lazy_loader.attach(__name__, submodules=["figures"])',
+    "report/figures/__init__.py": 'from ..colours import ROWS\nfrom .common import curves\n__all__ = ["curves"]',
+    "report/figures/common.py": "from ...core.stats import mean\nfrom ..colours import ROWS",
+    "report/colours.py": "from ..core import colours",
+    "pipeline/__init__.py": lazy(sources=["begin"]),
+    "pipeline/sources.py": "",
 }
 
 
-def test_a_room_with_a_lazy_face_leads_to_the_module_of_the_name_alone(reached):
-    run = {"locate/run.py", "locate/settings.py"}
+def test_a_face_leads_to_the_module_of_the_name_alone(reached):
+    stats = {"core/stats.py", "core/families.yaml"}
+    run = {"locate/run.py", "locate/settings.py"} | stats
     for cell, files in {
-        "from alea_lib.locate import locate_layers": run,
+        "%matplotlib inline\nfrom alea_lib.locate import locate_layers": run,
         "from alea_lib.locate import choose_layers": run | {"locate/choose.py"},
-        "from alea_lib.locate.settings import S": {"locate/settings.py"},
-        "from alea_lib import locate\nlocate.locate_heads()": run,
-        "import alea_lib.locate as l\nl.locate_layers()": run,
-        "import alea_lib.locate as l\nl.settings.S": {"locate/settings.py"},
-        "from alea_lib import locate\nprint(locate)": run | {"locate/choose.py"},
+        "from alea_lib.locate.settings import S": {"locate/settings.py"} | stats,
+        "from alea_lib.locate import settings": {"locate/settings.py"} | stats,
+        "from alea_lib import locate\nlocate.locate_heads()": run | {"locate/choose.py"},
         "import alea_lib.locate": run | {"locate/choose.py"},
         "from alea_lib.locate import *": run | {"locate/choose.py"},
+        "from alea_lib.pipeline import begin": set(),
+        "import numpy": set(),
     }.items():
         assert reached(ROOMS, cell) == files, cell
 
 
+def test_an_init_with_code_of_its_own_counts(reached):
+    files = {**ROOMS, "locate/__init__.py": "from .run import locate_layers\nLAYERS = 3"}
+    assert "locate/__init__.py" in reached(files, "from alea_lib.locate.settings import S")
+
+
 def test_what_draws_and_what_only_it_reaches_belongs_to_the_page(reached):
-    draws = "from alea_lib import figures\nfigures.curves()"
-    page = {"figures/__init__.py", "figures/common.py", "colours.py"}
+    draws, mean = "from alea_lib.report import figures\nfigures.curves()", "from alea_lib.core.stats import mean"
+    page = {"report/figures/common.py", "report/colours.py", "core/colours.py"}
+    stats = {"core/stats.py", "core/families.yaml"}
     assert reached(ROOMS, draws) == set()
-    assert reached(ROOMS, draws, page=True) == page | {"stats.py"}
-    assert reached(ROOMS, draws, "from alea_lib.core.stats import mean") == {"stats.py"}
-    assert reached(ROOMS, draws, "from alea_lib.core.stats import mean", page=True) == page
+    assert reached(ROOMS, draws, page=True) == page | stats
+    assert reached(ROOMS, draws, mean) == stats
+    assert reached(ROOMS, draws, mean, page=True) == page
 
 
 def test_methods_of_a_registry_count_where_they_are_named(reached):
     files = {
         "__init__.py": "",
-        "rivals/__init__.py": "",
-        "rivals/registry.py": 'import importlib\nMODULES: dict[str, str] = {"vcd": "vcd", "beam": "plain"}\n'
+        "baselines/__init__.py": lazy(registry=["get"]),
+        "baselines/registry.py": 'import importlib\nMODULES: dict[str, str] = {"vcd": "vcd", "beam": "plain"}\n'
         "def get(name):\n    importlib.import_module(MODULES[name])",
-        "rivals/vcd.py": "from .shared import x",
-        "rivals/plain.py": "",
-        "rivals/shared.py": "",
+        "baselines/vcd.py": "from .shared import x",
+        "baselines/plain.py": "",
+        "baselines/shared.py": "",
     }
-    cell = "from alea_lib.baselines.registry import get"
-    least = {"rivals/__init__.py", "rivals/registry.py"}
-    vcd, beam = {"rivals/vcd.py", "rivals/shared.py"}, {"rivals/plain.py"}
+    cell = "from alea_lib.baselines import get"
+    least = {"baselines/registry.py"}
+    vcd, beam = {"baselines/vcd.py", "baselines/shared.py"}, {"baselines/plain.py"}
     assert reached(files, cell) == least | vcd | beam
     assert reached(files, cell, params={"K": 1}) == least
     assert reached(files, cell, params={"A": [{"x": ["vcd"]}]}) == least | vcd
@@ -380,9 +368,9 @@ def test_methods_of_a_registry_count_where_they_are_named(reached):
 
 
 def test_a_changed_library_file_is_seen_in_the_same_process(reached):
-    write = {**PLAIN, "edit/delta.py": ""}
-    assert "tables.py" in reached(PLAIN, "from alea_lib import fit")
-    assert "tables.py" not in reached(write, "from alea_lib import fit")
+    cell = "from alea_lib.locate import locate_layers"
+    assert "core/stats.py" in reached(ROOMS, cell)
+    assert "core/stats.py" not in reached({**ROOMS, "locate/settings.py": ""}, cell)
 
 
 def test_syntax_is_compared_without_docstrings_comments_and_layout():
@@ -441,19 +429,17 @@ def spoil(kind: str) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["error", "not executed", "pending", "error mark", "exit", "no end", "source"])
-def test_guard_refuses(tmp_path, kind, capsys):
+def test_guard_refuses(tmp_path, kind):
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps(spoil(kind)))
     with pytest.raises(RunError, match="page.ipynb"):
         guard(path)
-    assert main(["guard", str(path)]) == 1
-    assert "page.ipynb" in capsys.readouterr().err
 
 
 def test_guard_passes_an_executed_notebook(tmp_path):
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps(executed()))
-    assert main(["guard", str(path)]) == 0
+    guard(path)
 
 
 def test_injected_parameters_are_hidden(tmp_path):
@@ -461,8 +447,8 @@ def test_injected_parameters_are_hidden(tmp_path):
     book["cells"][1]["metadata"]["tags"] = ["injected-parameters"]
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps(book))
-    hide_injected(path)
-    hide_injected(path)
+    tidy(path)
+    tidy(path)
     assert json.loads(path.read_text())["cells"][1]["metadata"]["tags"] == [
         "injected-parameters",
         "remove-cell",
@@ -613,20 +599,17 @@ def test_a_run_of_other_code_is_stale(repository):
     assert stale_reason("toy", job) == "its record does not say which code made it"
 
 
-def test_a_lock_is_cleared_only_if_no_one_is_at_work(repository):
-    locks = repository / ".snakemake" / "locks"
-    locks.mkdir(parents=True)
-    (locks / "0.input.lock").touch()
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "snakemake"], cwd=repository)
-    try:
-        with pytest.raises(RunError, match=f"another study is at work in this folder .process {other.pid}."):
-            clear_stale_lock(repository, patience=0.5)
-        assert list(locks.iterdir())
-    finally:
+def test_a_second_study_is_refused_until_the_first_has_gone_however_it_ended(repository):
+    code = "import sys, time, pathlib\nfrom alea_lib.pipeline.study import alone\n"
+    code += "with alone(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    time.sleep(60)"
+    command = [sys.executable, "-c", code, str(repository)]
+    with subprocess.Popen(command, cwd=toy.HERE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match="another study is at work in this folder"), alone(repository, patience=0.1):
+            pass
         other.kill()
-        other.wait()
-    clear_stale_lock(repository)
-    assert not list(locks.iterdir())
+    with alone(repository):
+        pass
 
 
 # ---- executing
@@ -719,14 +702,13 @@ def snakemake_would_run(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_a_study_runs_resumes_and_reruns_only_what_changed(tmp_path):
     folder = toy.whole_repository(tmp_path / "a study")  # a path with a space
-    figures, first_page = folder / "alea_lib" / "figures.py", folder / "notebooks" / "01_make.ipynb"
-    figures.write_text("def shown():\n    return 'drawn once'\n")
+    figures, first_page = folder / "alea_lib" / "report" / "figures.py", folder / "notebooks" / "01_make.ipynb"
     notebook = json.loads(first_page.read_text())
     notebook["cells"].insert(
         3, {**notebook["cells"][3], "id": "f", "source": "import alea_lib.report.figures as f\nf.shown()"}
     )
     first_page.write_text(json.dumps(notebook))
-    edit = folder / "alea_lib" / "editing.py"
+    edit = folder / "alea_lib" / "toys" / "editing.py"
     good = edit.read_text()
     edit.write_text(good.replace("v * lr", "v / 0"))
     first = call(folder, "study")
@@ -773,7 +755,7 @@ def test_a_study_killed_without_mercy_leaves_nothing_running_and_goes_on(tmp_pat
     folder = toy.whole_repository(tmp_path)
     slow = toy.begin("SIZE", "WORLD") + "\nimport time, pathlib\nmark = pathlib.Path('../mark')\n"
     slow += "waited = mark.exists() or (mark.touch(), time.sleep(120))"
-    make = "from alea_lib import make\n(run.dir / 'made.txt').write_text(str(make(run.p.SIZE)))"
+    make = "from alea_lib.toys import make\n(run.dir / 'made.txt').write_text(str(make(run.p.SIZE)))"
     toy.write_notebook(folder, "01_make", "SIZE = None\nWORLD = None", slow, make, "run.finish()")
     environment = {**os.environ, "ALEA_ROOT": str(folder), "PYTHONPATH": str(folder)}
     command = [sys.executable, "-m", "alea_lib.pipeline", "study", "--profile", "toy"]

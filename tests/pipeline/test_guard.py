@@ -80,27 +80,6 @@ def test_a_mute_figure_is_a_fault(faults, what):
     assert f"figure without {what} in cell 3" in fault
 
 
-def test_a_long_cell_is_a_fault_and_imports_do_not_count(faults):
-    def lines(n):
-        def spoil(page, made, record):
-            text = "from os import (\n    path,\n    sep,\n)\n\n" + "\n".join(f"a{i} = {i}" for i in range(n))
-            page["cells"][3]["source"] = made["cells"][2]["source"] = text
-
-        return spoil
-
-    assert faults(lines(guard.LINES)) == []
-    (fault,) = faults(lines(guard.LINES + 1))
-    assert "has 16 lines in cell 2" in fault
-
-
-def test_parameters_may_be_many(faults):
-    def spoil(page, made, record):
-        text = "\n".join(f"A{i} = {i}  # one" for i in range(30))
-        page["cells"][1]["source"] = made["cells"][1]["source"] = text
-
-    assert faults(spoil) == []
-
-
 def test_a_page_whose_source_has_changed_is_stale(faults):
     def spoil(page, made, record):
         made["cells"][2]["source"] += "\nprint(2)"
@@ -196,7 +175,7 @@ def repository(tmp_path, monkeypatch):
 
 
 def test_the_hash_of_sources_follows_code_and_not_prose(repository):
-    cells = ("from alea_lib import chair, figures", "A = 1")
+    cells = ("from alea_lib.metrics import chair\nfrom alea_lib.report import figures", "A = 1")
     path = toy.write_notebook(repository, "01_make", "SIZE = None", *cells)
     first = source_hashes(path)
     assert "alea_lib/metrics/chair.py" in first.numbers and "notebooks/01_make.ipynb" in first.numbers
@@ -265,7 +244,6 @@ def test_source_notebooks_keep_the_rules():
     """So that a fault shows here, and not after half an hour of running."""
     for path in sorted((toy.HERE / "notebooks").glob("*.ipynb")):
         notebook = guard.read(path)
-        assert not list(guard.long_cells(notebook)), path.name
         for cell in notebook["cells"]:
             shown = cell["metadata"].get("mystnb")
             if shown and "figure" in shown:

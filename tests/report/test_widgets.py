@@ -9,7 +9,7 @@ from PIL import Image
 
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.delta import applied, delta_of, edited_layers, scaled
-from alea_lib.pipeline.execute import drop_widgets
+from alea_lib.pipeline.execute import tidy
 from alea_lib.report.widgets import LookSettings, live, look
 
 SHORT = LookSettings(max_new_tokens=6, block=1)
@@ -99,10 +99,10 @@ def test_a_finished_notebook_holds_no_empty_box(tmp_path):
         "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"},
     }
     plain = {"output_type": "stream", "name": "stdout", "text": "0.5: a caption"}
-    cells = [{"cell_type": "code", "outputs": [widget, plain]}, {"cell_type": "markdown", "source": "x"}]
+    cells = [{"cell_type": "code", "metadata": {}, "outputs": [widget, plain]}, {"cell_type": "markdown", "metadata": {}, "source": "x"}]
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {"widgets": {"state": 1}, "kernelspec": {}}}))
-    drop_widgets(path)
+    tidy(path)
     kept = json.loads(path.read_text())
     assert kept["cells"][0]["outputs"] == [plain] and kept["cells"][1] == cells[1]
     assert kept["metadata"] == {"kernelspec": {}}
