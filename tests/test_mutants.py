@@ -44,10 +44,11 @@ def runs(request, tmp_path_factory):
 
 
 def located(test: str) -> str:
-    """file::function of an entry as path::function below tests; the file may lie in any folder there."""
+    """file::function of an entry as path::function below tests. The file may lie in any folder there; where several
+    have its name, the entry gives the folder too: room/file::function."""
     name, function = test.split("::")
-    paths = list(HERE.rglob(name))
-    assert len(paths) == 1, f"tests has {len(paths)} files {name}, expected one"
+    paths = [path for path in HERE.rglob(Path(name).name) if path.match(name)]
+    assert len(paths) == 1, f"tests has {len(paths)} files {name}, expected one: name its folder"
     assert f"def {function}(" in paths[0].read_text(encoding="utf-8"), f"{name} has no {function}"
     return f"{paths[0].relative_to(HERE)}::{function}"
 
@@ -63,8 +64,11 @@ def test_list_of_mutants():
             wrong.append(f"{mutant['name']}: {error}")
             continue
         assert source != ast.unparse(ast.parse(path.read_text(encoding="utf-8"))) + "\n", f"{mutant['name']}: no change"
-        located(mutant["test"])
-    assert not wrong, "mend tests/mutants.yaml\n" + "\n".join(wrong)
+        try:
+            located(mutant["test"])
+        except AssertionError as error:
+            wrong.append(f"{mutant['name']}: {error}")
+    assert not wrong, "correct tests/mutants.yaml\n" + "\n".join(wrong)
 
 
 SOURCE = '''
@@ -124,6 +128,22 @@ def test_a_function_is_found_where_it_has_moved(package):
         resolve(package, "gone.f")
     with pytest.raises(MutantError, match="has no gone.k"):
         resolve(package, "gone.k")
+
+
+def test_a_fault_may_lie_in_the_gpu_check(tmp_path):
+    library, check = tmp_path / "alea_lib", tmp_path / "tests" / "gpu"
+    library.mkdir()
+    check.mkdir(parents=True)
+    (check / "costs.py").write_text("class Meter:\n    def clock(self):\n        return 1\n")
+    assert resolve(library, "tests.gpu.costs.Meter.clock") == (check / "costs.py", "Meter.clock")
+    with pytest.raises(MutantError, match="alea_lib has no gpu.costs.Meter.clock"):
+        resolve(library, "gpu.costs.Meter.clock")
+
+
+def test_an_entry_names_the_folder_of_its_test_where_names_are_not_unique():
+    assert located("models/test_families.py::test_padding_changes_no_logits").startswith("models/")
+    with pytest.raises(AssertionError, match="name its folder"):
+        located("test_families.py::test_padding_changes_no_logits")
 
 
 def test_the_two_sides_of_a_fault_are_of_a_kind():
