@@ -1,5 +1,6 @@
 """What the book's own code and pages promise: the first page's sentences, what pages tell readers to run."""
 
+import importlib
 import inspect
 import re
 import runpy
@@ -11,7 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import toy
+import yaml
 
+from alea_lib.pipeline.api_pages import face, links, page, rooms
+from alea_lib.pipeline.book import toc_files
 from alea_lib.report import figures
 from alea_lib.report.comparison import attacked, core
 from alea_lib.report.figures.places import spread
@@ -139,7 +143,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def test_the_locator_of_the_page_works_as_written():
-    import test_known_answers as known
+    from locate import test_known_answers as known
 
     from alea_lib.locate import layers
     from alea_lib.locate.registry import LAYER_LOCATORS
@@ -197,6 +201,75 @@ def test_commands_on_pages_name_targets_and_files_that_exist():
             for script in re.findall(r"(?:python|pytest) ((?:book|tests)/[\w/.]+)", block):
                 given = f"`{script}`:\n" in page.read_text(encoding="utf-8")  # the page has one write it
                 assert given or (toy.HERE / script).exists(), f"{page.name}: {script}"
+
+
+PAGES = [*(toy.HERE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(BOOK.glob("*.md"))]
+
+
+def prose(page) -> str:
+    """The text of a page; of a table of renamed things only what they are called now."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^\| `[^|]*\|", "|", text, flags=re.M) if page.name == "CHANGELOG.md" else text
+
+
+def there(name: str) -> bool:
+    """Whether a dotted name of the library is a module, or something in one."""
+    module, *rest = name.split(".")
+    found = importlib.import_module(module)
+    for part in rest:
+        try:
+            found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
+        except (ImportError, AttributeError):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_of_the_repository_exists(page):
+    text = prose(page)
+    given = set(re.findall(r"^`(\S+)`:\n", text, re.M))  # files that the page has one write
+    paths = set(re.findall(r"(?<![\w/.])(?:alea_lib|tests)/[\w/.-]*\w", text)) - given
+    assert not {path for path in paths if not (toy.HERE / path).exists()}
+    names = set(re.findall(r"`(alea_lib(?:\.\w+)+)", text)) | set(re.findall(r"-m (alea_lib[\w.]*)", text))
+    for module, imported in re.findall(r"^from (alea_lib[\w.]*) import ([\w, ]+)$", text, re.M):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    assert not {name for name in names if not there(name)}
+    for name, path in re.findall(r"`([\w.]+)`(?: of `\w+`)?,? in `(alea_lib/[\w/]+\.py)`", text):
+        defined = (toy.HERE / path).read_text(encoding="utf-8")
+        assert re.search(rf"\b{name.split('.')[-1]}\b", defined), f"{name} in {path}"
+
+
+# ---- pages of the library
+
+
+def test_every_room_has_a_page_and_every_name_its_place():
+    listed = toc_files(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8")))
+    assert [name for name in listed if name.startswith("generated/")] == [f"generated/api-{room}" for room in rooms()]
+    assert {p.parent.name for p in (toy.HERE / "alea_lib").glob("*/__init__.py")} == set(rooms())
+    for room in rooms():
+        init = toy.HERE / "alea_lib" / room / "__init__.py"
+        public = set(importlib.import_module(f"alea_lib.{room}").__all__)
+        assert public - {"figures"} <= set(face(init)), room
+        for name, module in face(init).items():
+            assert hasattr(importlib.import_module(f"alea_lib.{room}.{module}"), name), f"{room}.{module}.{name}"
+        assert page(room, init).startswith(f"# `alea_lib.{room}`")
+
+
+def test_faces_of_both_kinds_are_read(tmp_path):
+    init = tmp_path / "__init__.py"
+    init.write_text('attach(__name__, submodules=["deep"], submod_attrs={"a": ["f", "g"]})\n')
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "__init__.py").write_text("from ..x import y\nfrom .b import h\n")
+    assert face(init) == {"f": "a", "g": "a", "h": "deep.b"}
+
+
+def test_a_page_links_the_rooms_that_its_notebook_uses():
+    code = ["from alea_lib.pipeline import begin\nfrom alea_lib.core import root", "    from alea_lib.core import root"]
+    assert links(code) == (
+        "**The library behind this page**: {doc}`core <../generated/api-core>`, "
+        "{doc}`pipeline <../generated/api-pipeline>`."
+    )
+    assert links(["import pandas"]) == ""
 
 
 # ---- formulas
