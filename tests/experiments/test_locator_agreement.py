@@ -5,7 +5,8 @@ import pytest
 
 from alea_lib.experiments.localisation import aggregate, judge, localisation_rows
 from alea_lib.experiments.locator_agreement import agreement, named_places, tau_with
-from alea_lib.report.localisation import league, localisation_finding
+from alea_lib.report.comparison import league
+from alea_lib.report.findings import localisation_finding
 
 
 def means(**scores):

@@ -19,12 +19,12 @@ from alea_lib.pipeline.book import toc_files
 from alea_lib.report import figures
 from alea_lib.report.comparison import attacked, core
 from alea_lib.report.figures.places import spread
-from alea_lib.report.verdicts import summary
+from alea_lib.report.findings import summary
 
 BOOK = toy.HERE / "book"
 
 
-def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15), attacks=True) -> pd.DataFrame:
+def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15)) -> pd.DataFrame:
     """Rows that the first page reads; intervals of the control are fixed."""
     lower = tuple(v - 0.45 for v in corrected)
     rows = [
@@ -36,9 +36,8 @@ def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15), attacks=True) -
         ("alea-corrected", "recall_diff", "clean", (0.001, -0.007, 0.009)),
         ("beam", "chair_s", "clean", (0.4, 0.3, 0.5)),
     ]
-    if attacks:
-        rows += [(m, "chair_s", "attacked", v) for m, v in (("base", (0.8, 0.7, 0.9)), ("no-prefix", (0.5, 0.4, 0.6)))]
-        rows += [("alea-corrected", "chair_s", "attacked", hit)]
+    rows += [(m, "chair_s", "attacked", v) for m, v in (("base", (0.8, 0.7, 0.9)), ("no-prefix", (0.5, 0.4, 0.6)))]
+    rows += [("alea-corrected", "chair_s", "attacked", hit)]
     keys = {"model": "m", "benchmark": "chair", "prompt": "plain", "setting": "max64,keep", "n": 1000}
     return pd.DataFrame(
         [
@@ -67,17 +66,13 @@ def test_the_sentences_do_not_say_more_than_the_intervals(corrected, said):
     assert three.endswith("the adversary is shown to help.")  # 0.4 is above all of these
 
 
-def test_without_attacks_there_is_no_third_sentence_and_no_second_panel():
-    table = metrics(attacks=False)
-    assert len(summary(table).strip().split("\n\n")) == 2
-    assert len(attacked(table)) == 0
+def test_the_figure_of_the_first_page_has_both_sides():
     line = pd.DataFrame(
         {"recall": [0.2, 0.9], "chair_s": [0.1, 0.45], "chair_s_lo": [0.1, 0.4], "chair_s_hi": [0.2, 0.5]}
     )
     points = pd.DataFrame(
         {"method": ["base"], **{f"{m}{s}": [0.5] for m in ("chair_s", "recall") for s in ("", "_lo", "_hi")}}
     )
-    assert len(figures.finding(line, points, attacked(table)).axes) == 1
     assert len(figures.finding(line, points, attacked(metrics())).axes) == 2
     plt.close("all")
 
