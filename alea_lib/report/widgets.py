@@ -69,11 +69,10 @@ class Live:
         self.vlm, self.split, self.truth, self.deltas, self.options = vlm, split, truth, deltas, options
         self.controls = {
             "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
-            "method": ipywidgets.Dropdown(options=list(deltas), value=next(iter(deltas)), description="method"),
+            "method": ipywidgets.Dropdown(options=list(deltas), description="method"),
             "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
-            "strength": ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.25, description="strength"),
+            "strength": ipywidgets.FloatSlider(1.0, max=2.0, step=0.25, description="strength", continuous_update=False),
         }
-        self.controls["strength"].continuous_update = False
         self.report, self.maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
         self.box = ipywidgets.VBox([*self.controls.values(), self.report, self.maps])
         self._busy = False  # several controls are being set at once
@@ -82,13 +81,17 @@ class Live:
             self.controls[name].observe(self.changed, "value")
         self.method_changed()
 
+    def layers(self) -> dict[int, list[str]]:
+        """Layer -> the matrices that the chosen edit changes there."""
+        delta = self.deltas[self.controls["method"].value]
+        return edited_layers(self.vlm, delta) if delta else {}
+
     def method_changed(self, _=None) -> None:
         """Another edit has other layers: all of them are chosen at first."""
-        delta, chosen = self.deltas[self.controls["method"].value], self.controls["layers"]
-        self._busy = True
+        self._busy, layers = True, self.controls["layers"]
         try:
-            chosen.options = list(edited_layers(self.vlm, delta)) if delta else []
-            chosen.value = tuple(chosen.options)
+            layers.options = list(self.layers())
+            layers.value = tuple(layers.options)
         finally:
             self._busy = False
         self.changed()
@@ -97,20 +100,13 @@ class Live:
         """Fill report and maps by the controls."""
         if self._busy:
             return
-        image_id = self.controls["image"].value
-        looks = [look(self.vlm, self.split, self.truth, image_id, d, **self.options) for d in (None, self._delta())]
-        self.report.value = _report(looks, self.controls["method"].value, self.truth[image_id])
+        image_id, method, chosen, strength = (control.value for control in self.controls.values())
+        delta, layers = self.deltas[method], self.layers()
+        part = delta and scaled(delta, strength, [name for layer in chosen for name in layers[layer]])
+        looks = [look(self.vlm, self.split, self.truth, image_id, d, **self.options) for d in (None, part)]
+        self.report.value = _report(looks, method, self.truth[image_id])
         with Image.open(self.split.find([image_id]).files[0]) as image:
             self.maps.value = _png(image.convert("RGB"), looks[1].words)
-
-    def _delta(self) -> Delta | None:
-        """The chosen layers' share of the chosen edit."""
-        delta = self.deltas[self.controls["method"].value]
-        if delta is None:
-            return None
-        layers = edited_layers(self.vlm, delta)
-        names = [name for layer in self.controls["layers"].value for name in layers[layer]]
-        return scaled(delta, self.controls["strength"].value, names)
 
 
 live = Live  # the name that notebooks use
