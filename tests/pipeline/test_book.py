@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import io
 import re
 import runpy
 import sys
@@ -248,6 +249,36 @@ def test_every_room_has_a_page_and_every_name_its_place():
         for name, module in face(init).items():
             assert hasattr(importlib.import_module(f"alea_lib.{room}.{module}"), name), f"{room}.{module}.{name}"
         assert page(room, init).startswith(f"# `alea_lib.{room}`")
+
+
+def documented(room: str):
+    """What the page of a room shows: name and docstring of its modules, public names and their methods."""
+    for name, module in face(toy.HERE / "alea_lib" / room / "__init__.py").items():
+        home = importlib.import_module(f"alea_lib.{room}.{module}")
+        found = getattr(home, name)
+        yield module, home.__doc__
+        if isinstance(found, type):
+            own = {k: inspect.unwrap(getattr(found, k)) for k in vars(found) if not k.startswith("_")}
+            yield from ((f"{module}.{name}.{k}", v.__doc__) for k, v in own.items() if inspect.isroutine(v))
+        if isinstance(found, type) or inspect.isroutine(found):
+            yield f"{module}.{name}", found.__doc__
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_docstrings_of_public_names_are_restructured_text(room):
+    """Sphinx would say so only after the whole study."""
+    from docutils import nodes
+    from docutils.core import publish_doctree
+    from docutils.parsers.rst import roles
+
+    for role in ("attr", "class", "data", "func", "meth", "mod"):
+        roles.register_generic_role(role, nodes.literal)
+    for name, text in dict(documented(room)).items():
+        said = io.StringIO()
+        publish_doctree(inspect.cleandoc(text or ""), settings_overrides={"warning_stream": said})
+        assert not said.getvalue(), f"{room}.{name}: {said.getvalue()}"
+        for target in re.findall(r":\w+:`~?(alea_lib[\w.]+)`", text or ""):
+            assert there(target), f"{room}.{name} refers to {target}"
 
 
 def test_faces_of_both_kinds_are_read(tmp_path):
