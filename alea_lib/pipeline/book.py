@@ -198,5 +198,3 @@ def write_status(profile: str, folders: list[Path]) -> None:
     path = paths.root() / "book" / "generated" / "status.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text(text, encoding="utf-8")
-
-

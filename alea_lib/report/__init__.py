@@ -1,4 +1,4 @@
-"""What pages show: claims, sentences, figures, the caption explorer, widgets. No number is computed for a table here."""
+"""What pages show: claims, sentences, figures, the caption explorer, widgets. No table of scores is computed here."""
 
 import lazy_loader
 

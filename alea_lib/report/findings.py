@@ -129,7 +129,9 @@ def _differences(changes: pd.DataFrame) -> list[str]:
         else:
             found["Not shown"].append(_level(row))
     return [
-        f"{word} (against {changes['against'].iloc[0]}): {'; '.join(levels)}." for word, levels in found.items() if levels
+        f"{word} (against {changes['against'].iloc[0]}): {'; '.join(levels)}."
+        for word, levels in found.items()
+        if levels
     ]
 
 

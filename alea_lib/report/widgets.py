@@ -71,8 +71,9 @@ class Live:
             "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
             "method": ipywidgets.Dropdown(options=list(deltas), description="method"),
             "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
-            "strength": ipywidgets.FloatSlider(1.0, max=2.0, step=0.25, description="strength", continuous_update=False),
+            "strength": ipywidgets.FloatSlider(1.0, max=2.0, step=0.25, description="strength"),
         }
+        self.controls["strength"].continuous_update = False
         self.report, self.maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
         self.box = ipywidgets.VBox([*self.controls.values(), self.report, self.maps])
         self._busy = False  # several controls are being set at once

@@ -15,7 +15,8 @@ import pytest
 import toy
 import yaml
 
-from alea_lib.pipeline.api_pages import face, links, page, rooms
+from alea_lib.pipeline.api_pages import face, links, rooms
+from alea_lib.pipeline.api_pages import page as room_page
 from alea_lib.pipeline.book import toc_files
 from alea_lib.report import figures
 from alea_lib.report.comparison import attacked, core
@@ -248,7 +249,7 @@ def test_every_room_has_a_page_and_every_name_its_place():
         assert public - {"figures"} <= set(face(init)), room
         for name, module in face(init).items():
             assert hasattr(importlib.import_module(f"alea_lib.{room}.{module}"), name), f"{room}.{module}.{name}"
-        assert page(room, init).startswith(f"# `alea_lib.{room}`")
+        assert room_page(room, init).startswith(f"# `alea_lib.{room}`")
 
 
 def documented(room: str):
