@@ -31,7 +31,7 @@ def plant(package: Path, where: str, find: str, replace: str) -> None:
 def mutated(package: Path, where: str, find: str, replace: str) -> tuple[Path, str]:
     """The file that holds ``where``, and its source with the fault. MutantError unless ``find`` occurs exactly once.
 
-    ``where``: module.function or module.Class.method, the module relative to the package.
+    ``where``: module.function or module.Class.method, the module relative to the package, or tests.gpu.module.
     """
     path, name = resolve(package, where)
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -46,6 +46,8 @@ def mutated(package: Path, where: str, find: str, replace: str) -> tuple[Path, s
 def resolve(package: Path, where: str) -> tuple[Path, str]:
     """The file, and function or Class.method in it. A module that is not there is looked for by the name alone."""
     parts = where.split(".")
+    if parts[0] == "tests":  # the GPU check, beside the package
+        package, parts = package.parent / "tests", parts[1:]
     for n in range(len(parts) - 1, 0, -1):
         stem, name = package.joinpath(*parts[:n]), ".".join(parts[n:])
         for path in (stem.with_suffix(".py"), stem / "__init__.py"):
@@ -61,7 +63,7 @@ def resolve(package: Path, where: str) -> tuple[Path, str]:
             raise MutantError(f"{where} is in {', '.join(str(p.relative_to(package)) for p in found)}: name its module")
         if found:
             return found[0], name
-    raise MutantError(f"the library has no {where}")
+    raise MutantError(f"{package.name} has no {where}")
 
 
 def _functions(tree: ast.Module) -> dict[str, ast.AST]:

@@ -1,4 +1,4 @@
-"""Other methods against hallucination, one file each, behind one interface (:mod:`.registry`)."""
+"""Other methods against hallucination, one file each, behind one interface (:mod:`alea_lib.baselines.registry`)."""
 
 import lazy_loader
 

@@ -69,9 +69,8 @@ def edit_method(name: str) -> EditMethod:
 @dataclass(frozen=True)
 class EditRequest:
     """One edit by its method's name. ``layers``: the located ones. ``heads`` that are not given are located when the
-    method is made for heads; so are ``official`` layers (those of :func:`alea_lib.locate.official_layers`) that are
-    None, while () stands for the located ones. ``changes``: of the edit's settings, as far as the method leaves them
-    open."""
+    method is made for heads; so are ``official`` layers (of ``locate.official_layers``) that are None, while ()
+    stands for the located ones. ``changes``: of the edit's settings, as far as the method leaves them open."""
 
     method: str
     layers: tuple[int, ...] = ()

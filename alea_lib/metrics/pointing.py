@@ -32,7 +32,7 @@ def boxes(instances_json: PathLike) -> dict[tuple[int, str], list[tuple[float, f
 def pointing(maps: pd.DataFrame, instances_json: PathLike, companions: Mapping[str, str], block: int) -> pd.DataFrame:
     """Items setting, image_id, metric, num, den: hits over words, for ``alea_lib.core.stats``.
 
-    ``maps``: as of :func:`alea_lib.patch_maps`, with effects of squares of ``block`` x ``block`` patches; attention is
+    ``maps``: as of ``evaluate.patch_maps``, with effects of squares of ``block`` x ``block`` patches; attention is
     summed over the same squares, so that both are equally coarse. ``point_effect``, ``point_attention``: words whose
     strongest patch has its centre in a box; ``point_chance``: the share of patches that have. ``setting``: ``grounded``
     (boxes of the object), ``companion`` (boxes of the present objects that call for it); other words do not count.

@@ -12,7 +12,7 @@ from ..core import paths
 from ..core.files import read_record
 from ..core.formatting import markdown_table
 from ..core.paths import RunError
-from . import guard, profiles
+from . import api_pages, guard, profiles
 from .collect import finished, run_table
 from .profiles import Job
 from .sources import source_hashes
@@ -90,6 +90,8 @@ def prepare(profile: str) -> None:
         from .budget_page import markdown
 
         (generated / "budget.md").write_text(markdown(), encoding="utf-8")
+    if (root / "book" / "api.md").exists():
+        api_pages.write_api_pages(generated)
     marks = "".join(f"- {guard.published_mark(name)}\n" for name in published())
     (generated / "published.md").write_text(marks, encoding="utf-8")
 
@@ -106,13 +108,17 @@ def note(profile: str) -> str:
 
 
 def dress(page: dict, folder: Path, record: dict, target: Path, profile: str) -> None:
-    """Write a run's page, with the profile's warning, the state of published tables, and the tables of its folder."""
+    """Write a run's page, with the profile's warning, the state of published tables, the tables of its folder, and
+    links to the library's rooms that it uses."""
     used = {Path(name).parts[2] for name in record["inputs"] if name.startswith("data/results/")}
     marks = [f":::{{note}}\n{guard.published_mark(name)}\n:::\n" for name in sorted(used)]
     head = [text for text in (note(profile), *marks) if text]
     read = [paths.root() / name for name in record["inputs"] if not name.startswith("data/models/")]
     tables = [p for p in (*sorted(folder.iterdir()), *read) if p.suffix in (".csv", ".parquet") and p.is_file()]
     foot = [download(tables)] if tables else []
+    code = [cell["source"] for cell in page["cells"] if cell["cell_type"] == "code"]
+    if (paths.root() / "book" / "api.md").exists():
+        foot.append(api_pages.links(code))
 
     def cells(texts: list[str], kind: str) -> list[dict]:
         return [

@@ -37,7 +37,7 @@ MAX_SIDE = 192  # pixels of a thumbnail
 @dataclass(frozen=True)
 class ExplorerSettings:
     """``n_images`` images, drawn by ``seed``; ``shown``: the method that is compared with ``base`` at first; both of
-    these have maps. ``block``: side of the square that the maps of effect blank (see ``patch_maps``)."""
+    these have maps. ``block``: side of the square that the maps of effect blank."""
 
     n_images: int = 120
     shown: str = "alea-mixed"
@@ -59,7 +59,7 @@ def groups_of(base: str, method: str, there: frozenset[str], called: frozenset[s
 
 
 def called_for(there: frozenset[str], companions: Mapping[str, str]) -> frozenset[str]:
-    """The objects that those in an image call for, by the planted graph (:func:`alea_lib.companions`)."""
+    """The absent objects that those in an image call for; ``companions``: object -> the one that it calls for."""
     return frozenset(companions[a] for a in there if a in companions) - there
 
 
@@ -71,11 +71,12 @@ def choose_images(
     The filters draw in turn, each its next image in an order that the seed shuffles once for each filter, until
     ``n_images`` are drawn or none is left; an image is drawn once. ``captions``: method -> image_id, caption.
     """
-    texts = {m: _texts(captions, m, truth) for m in ("base", settings.shown)}
+    if missing := {"base", settings.shown} - set(captions):
+        raise DataError(f"no captions of {sorted(missing)}; there are {sorted(captions)}: run 06_measure for it")
+    base, shown = (_texts(captions[m], truth) for m in ("base", settings.shown))
     passed: dict[str, list[int]] = {name: [] for name in GROUPS}
-    for i in sorted(set(texts["base"]) & set(texts[settings.shown])):
-        called = called_for(truth[i], companions)
-        for name in groups_of(texts["base"][i], texts[settings.shown][i], truth[i], called, truth.family):
+    for i in sorted(set(base) & set(shown)):
+        for name in groups_of(base[i], shown[i], truth[i], called_for(truth[i], companions), truth.family):
             passed[name].append(i)
     queues = {
         name: np.random.default_rng([settings.seed, k]).permutation(ids).tolist()
@@ -91,10 +92,8 @@ def choose_images(
     return pd.DataFrame(sorted(drawn.items()), columns=["image_id", "drawn_for"])
 
 
-def _texts(captions: Mapping[str, pd.DataFrame], method: str, truth: Truth) -> dict[int, str]:
-    if method not in captions:
-        raise DataError(f"no captions of {method!r}; there are {sorted(captions)}: run 06_measure for it")
-    return dict(check_captions(captions[method], truth).itertuples(index=False))
+def _texts(captions: pd.DataFrame, truth: Truth) -> dict[int, str]:
+    return dict(check_captions(captions, truth).itertuples(index=False))
 
 
 def write_explorer(
@@ -109,17 +108,14 @@ def write_explorer(
 ) -> pd.DataFrame:
     """Write ``explorer.json`` and ``pictures/<id>.webp`` of the chosen images; returns part, files, bytes.
 
-    ``captions``: method -> image_id, caption; ``maps``: method -> table of :func:`alea_lib.patch_maps`, for ``base``
-    and the shown method. Maps are stored in eight bits, on one scale a kind for the whole page: the 99th percentile of
-    their largest values, beyond which they are cut.
+    ``captions``: method -> image_id, caption; ``maps``: method -> table of
+    :func:`alea_lib.evaluate.patches.patch_maps`, for ``base`` and the shown method. Maps are stored in eight bits, on
+    one scale a kind for the whole page: the 99th percentile of their largest values, beyond which they are cut.
     """
     words = pd.concat([m.assign(method=name) for name, m in maps.items()], ignore_index=True)
     scale = {kind: _scale(words[kind]) for kind in ("attention", "effect")}
-    numbers: dict[tuple[str, int], dict[int, int]] = {}  # method and image -> start of a word -> number of its map
-    for i, r in enumerate(words.itertuples()):
-        numbers.setdefault((r.method, r.image_id), {})[r.start] = i
-    texts = {m: _texts(captions, m, truth) for m in captions}
-    images = split.find(chosen["image_id"].tolist())
+    numbers = {(r.method, r.image_id, r.start): r.Index for r in words.itertuples()}  # of the map of a word
+    texts = {m: _texts(table, truth) for m, table in captions.items()}
     data = {
         "settings": asdict(settings),
         "methods": list(captions),
@@ -131,6 +127,7 @@ def write_explorer(
         "maps": [_packed(r, scale) for r in words.itertuples()],
     }
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
+    images = split.find(chosen["image_id"].tolist())
     for image_id, file in zip(images.ids, images.files):
         with Image.open(file) as image:
             thumbnail = image.convert("RGB")
@@ -144,33 +141,24 @@ def write_explorer(
 
 
 def _entry(image_id: int, texts: dict, truth: Truth, companions: Mapping[str, str], numbers: dict) -> dict:
-    """One image: its objects, its captions in parts, and the filters it passes for each method."""
+    """One image: its objects, its captions in parts, and the filters it passes for each method.
+
+    A part is a plain text, or an object word [word, category, right|wrong|companion, number of its map or -1].
+    """
     there = truth[image_id]
     called = called_for(there, companions)
     own = {m: t[image_id] for m, t in texts.items() if image_id in t}
-    maps = {m: numbers.get((m, image_id), {}) for m in own}
-    return {
-        "id": image_id,
-        "objects": sorted(there),
-        "captions": {m: _parts(t, there, called, truth.family, maps[m]) for m, t in own.items()},
-        "groups": {m: groups_of(own["base"], t, there, called, truth.family) for m, t in own.items()},
-    }
-
-
-def _parts(
-    text: str, there: frozenset[str], called: frozenset[str], family: str, maps: Mapping[int, int]
-) -> list[str | list]:
-    """A caption as plain texts and object words [word, category, right|wrong|companion, number of its map or -1].
-
-    ``maps``: where a word starts -> the number of its map.
-    """
-    parts: list[str | list] = []
-    at = 0
-    for m in mentions(text, family):
-        state = "right" if m.category in there else "companion" if m.category in called else "wrong"
-        parts += [text[at : m.start], [text[m.start : m.end], m.category, state, maps.get(m.start, -1)]]
-        at = m.end
-    return [p for p in (*parts, text[at:]) if p]
+    captions: dict[str, list[str | list]] = {}
+    for method, text in own.items():
+        parts, at = captions.setdefault(method, []), 0
+        for m in mentions(text, truth.family):
+            state = "right" if m.category in there else "companion" if m.category in called else "wrong"
+            word = [text[m.start : m.end], m.category, state, numbers.get((method, image_id, m.start), -1)]
+            parts += [text[at : m.start], word] if m.start > at else [word]
+            at = m.end
+        parts += [text[at:]] if at < len(text) else []
+    groups = {m: groups_of(own["base"], text, there, called, truth.family) for m, text in own.items()}
+    return {"id": image_id, "objects": sorted(there), "captions": captions, "groups": groups}
 
 
 def _scale(maps: pd.Series) -> float:

@@ -1,4 +1,4 @@
-"""The paper's claims against our figures: rules for a verdict, the tables of the last chapter, and their sentences."""
+"""The paper's claims against our figures: the rules for a verdict, the table of claims and that of recipes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from ..core.formatting import in_points, percent
-from .comparison import attacked, one, studied
-from .labels import ADVERSARY, METHOD_ORDER
+from ..core.formatting import in_points
+from .comparison import one, studied
+from .labels import ADVERSARY
 
 
 class Verdict(StrEnum):
@@ -111,78 +111,6 @@ def _evidence(row: pd.Series) -> str:
     return f"{row['metric']} {row['value']:+.3f} [{row['lo']:+.3f}, {row['hi']:+.3f}]"
 
 
-def summary(metrics: pd.DataFrame) -> str:
-    """The first page's three sentences in markdown: what the edit does, what of it is the adversary's, and the attack.
-
-    ``alea-corrected`` is the paper's idea and ``no-prefix`` its control; KeyError names a missing row.
-    """
-    text = {
-        Verdict.HOLDS: "is shown to help",
-        Verdict.NOT_SHOWN: "makes no significant difference",
-        Verdict.FAILS: "makes it worse",
-    }
-    base, edit, plain = (one(metrics, "chair_s", "chair", m) for m in ("base", "alea-corrected", "no-prefix"))
-    lost = one(metrics, "recall_diff", "chair", "alea-corrected")
-    sentences = [
-        f"Of {int(base['n'])} test images the unedited model names an absent object in {percent(base)}; after the "
-        f"adversarial edit (`alea-corrected`) it does so in {percent(edit)}, and recall changes by "
-        f"{in_points(lost)}.",
-        f"Plain supervised editing of the same matrices (`no-prefix`) reaches {percent(plain)}: on clean prompts the "
-        f"adversary {text[adversary(metrics, 'alea-corrected').verdict]}.",
-    ]
-    hit = attacked(metrics).set_index("method")
-    if {"no-prefix", "alea-corrected"} <= set(hit.index):
-        judged = adversary(metrics, "alea-corrected", "chair_s", "attacked").verdict
-        sentences.append(
-            f"Under a fresh attack on each model ({int(hit['n'].max())} images) the share is "
-            f"{percent(hit.loc['no-prefix'])} for plain editing and {percent(hit.loc['alea-corrected'])} for the "
-            f"adversarial edit: there the adversary {text[judged]}."
-        )
-    return "\n\n".join(sentences) + "\n"
-
-
-def finding(metrics: pd.DataFrame) -> str:
-    """What came out, as a list in markdown: one line a method, percentages with 95 % intervals, n."""
-    if not (metrics["metric"] == "chair_s").any():
-        return "This profile measures no captions.\n"
-    base = one(metrics, "chair_s", "chair", "base")
-    lines = [
-        f"Over {int(base['n'])} test images the unedited model names an absent object in {percent(base)} "
-        "of its captions."
-    ]
-    for method in [m for m in METHOD_ORDER[1:] if (metrics["method"] == m).any()]:
-        wrong, lost, gap = (one(metrics, m, "chair", method) for m in ("chair_s", "recall_diff", "frontier_gap"))
-        lines.append(
-            f"`{method}`: {percent(wrong)}; recall changes by {in_points(lost)}; "
-            f"{in_points(gap)} below the truncation frontier."
-        )
-    return _bullets(lines)
-
-
-def robustness_finding(rows: pd.DataFrame) -> str:
-    """What the attacks did, as a list in markdown. ``rows``: the record of :func:`alea_lib.trial_rows`, one model."""
-    text = {
-        Verdict.HOLDS: "significantly lower",
-        Verdict.NOT_SHOWN: "no significant difference",
-        Verdict.FAILS: "significantly higher",
-    }
-    values = rows[(rows["metric"] == "chair_s") & (rows["against"] == "")].set_index(["label", "condition"])
-    lines = [
-        f"`{label}`: {percent(values.loc[(label, 'clean')])} of the captions name an absent object, "
-        f"{percent(values.loc[(label, 'attacked')])} under a fresh attack on this very model."
-        for label in dict.fromkeys(rows["label"])
-    ]
-    gained = rows[(rows["metric"] == "chair_s") & (rows["condition"] == "attacked") & (rows["against"] == "no-prefix")]
-    for row in gained[gained["label"].isin(ADVERSARY)].to_dict("records"):
-        judged = verdict(row["lo"], row["hi"], -1)
-        lines.append(f"Under attack, `{row['label']}` minus `no-prefix`: {in_points(row)}, {text[judged]}.")
-    return _bullets(lines)
-
-
-def _bullets(lines: list[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines) + "\n"
-
-
 def robust_recipes(rows: pd.DataFrame) -> pd.DataFrame:
     """Which edits are as good as plain supervised editing on clean prompts, and better under attack.
 
@@ -206,16 +134,3 @@ def robust_recipes(rows: pd.DataFrame) -> pd.DataFrame:
         row = {"model": model, "label": label, "seeds": int(clean["seeds"]), "n": int(clean["n"])}
         out.append({**row, **judged, **texts, "recipe": set(judged.values()) == {Verdict.HOLDS}})
     return pd.DataFrame(out)
-
-
-def recipe_sentence(recipes: pd.DataFrame) -> str:
-    """Is there a recipe that costs nothing on clean prompts and helps under attack? One sentence from the table."""
-    models, every = recipes["model"].nunique(), recipes.groupby("label", sort=False)["recipe"].all()
-    seeds = " to ".join(str(n) for n in sorted({recipes["seeds"].min(), recipes["seeds"].max()}))
-    where = f"in {'all ' if models > 1 else ''}{models} base model{'s' * (models > 1)} ({seeds} seeds each)"
-    bar = f"at most {100 * WORSE:.0f} points more CHAIRs and {100 * LOST:.0f} points less recall"
-    good = f"as good as plain supervised editing on clean prompts ({bar}, whole intervals) and better under a fresh"
-    if not every.any():
-        return f"No edit tried is both {good} attack {where}."
-    named = " and ".join(f"`{label}`" for label in every.index[every])
-    return f"{named}: {good} attack {where}; no other edit tried is both."

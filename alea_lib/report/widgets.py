@@ -23,18 +23,9 @@ from .figures.images import mark, word_maps
 
 
 @dataclass(frozen=True)
-class LookSettings:
-    """What one look costs: the token budget of a caption, and the square of patches that the maps blank."""
-
-    prompt: str = "plain"
-    max_new_tokens: int = 64
-    block: int = 3
-
-
-@dataclass(frozen=True)
 class Look:
-    """``caption`` of one image; ``words``: its maps, as of :func:`alea_lib.patch_maps`; ``score``: right, wrong,
-    missed (objects) and words (of the caption)."""
+    """``caption`` of one image; ``words``: its maps, as of :func:`alea_lib.evaluate.patches.patch_maps`; ``score``:
+    right, wrong, missed (objects) and words (of the caption)."""
 
     caption: str
     words: pd.DataFrame
@@ -48,19 +39,19 @@ def look(
     truth: Truth,
     image_id: int,
     delta: Delta | None = None,
-    settings: LookSettings | None = None,
-    features: torch.Tensor | None = None,
+    max_new_tokens: int = 64,
+    block: int = 3,
 ) -> Look:
     """What a model, edited by ``delta`` if there is one, writes about one image of the split, and where it looks.
 
-    ``features`` [1,P,D] spare the vision tower where they are known.
+    ``block``: side of the square of patches that the maps blank.
     """
-    s, one = settings or LookSettings(), split.find([image_id])
-    features = vlm.features(one.files) if features is None else features
+    one = split.find([image_id])
+    features = vlm.features(one.files)
     with applied(vlm, delta):
-        text = vlm.generate(features, vlm.prompt(s.prompt), s.max_new_tokens)[0].text
+        text = vlm.generate(features, vlm.prompt("plain"), max_new_tokens)[0].text
         table = pd.DataFrame({"image_id": [image_id], "caption": [text]})
-        words = patch_maps(vlm, one, features, table, truth, s.block, s.prompt)
+        words = patch_maps(vlm, one, features, table, truth, block)
     found = chair(table, truth, truth.family).per_caption.iloc[0]
     wrong = len(found["hallucinated"])
     score = {"right": len(found["mentioned"]) - wrong, "wrong": wrong, "missed": len(found["missed"])}
@@ -70,25 +61,17 @@ def look(
 class Live:
     """A board that answers every change of its controls with caption, maps, and a score beside the unedited model's.
 
-    ``deltas``: method -> its edit, None = the base. ``box`` is what a cell shows. Needs a kernel: in a finished
-    notebook a figure stands in for it. Works with ipywidgets 7 and 8.
+    ``deltas``: method -> its edit, None = the base; ``options``: of :func:`look`. ``box`` is what a cell shows. Needs a
+    kernel: in a finished notebook a figure stands in for it. Works with ipywidgets 7 and 8.
     """
 
-    def __init__(
-        self,
-        vlm: VLM,
-        split: Split,
-        truth: Truth,
-        deltas: Mapping[str, Delta | None],
-        settings: LookSettings | None = None,
-    ):
-        self.vlm, self.split, self.truth, self.deltas = vlm, split, truth, deltas
-        self.settings = settings or LookSettings()
+    def __init__(self, vlm: VLM, split: Split, truth: Truth, deltas: Mapping[str, Delta | None], **options: int):
+        self.vlm, self.split, self.truth, self.deltas, self.options = vlm, split, truth, deltas, options
         self.controls = {
             "image": ipywidgets.Dropdown(options=list(split.ids), description="image"),
-            "method": ipywidgets.Dropdown(options=list(deltas), value=next(iter(deltas)), description="method"),
+            "method": ipywidgets.Dropdown(options=list(deltas), description="method"),
             "layers": ipywidgets.SelectMultiple(rows=3, description="layers"),
-            "strength": ipywidgets.FloatSlider(1.0, min=0.0, max=2.0, step=0.25, description="strength"),
+            "strength": ipywidgets.FloatSlider(1.0, max=2.0, step=0.25, description="strength"),
         }
         self.controls["strength"].continuous_update = False
         self.report, self.maps = ipywidgets.HTML(), ipywidgets.Image(format="png")
@@ -99,13 +82,17 @@ class Live:
             self.controls[name].observe(self.changed, "value")
         self.method_changed()
 
+    def layers(self) -> dict[int, list[str]]:
+        """Layer -> the matrices that the chosen edit changes there."""
+        delta = self.deltas[self.controls["method"].value]
+        return edited_layers(self.vlm, delta) if delta else {}
+
     def method_changed(self, _=None) -> None:
         """Another edit has other layers: all of them are chosen at first."""
-        delta, chosen = self.deltas[self.controls["method"].value], self.controls["layers"]
-        self._busy = True
+        self._busy, layers = True, self.controls["layers"]
         try:
-            chosen.options = list(edited_layers(self.vlm, delta)) if delta else []
-            chosen.value = tuple(chosen.options)
+            layers.options = list(self.layers())
+            layers.value = tuple(layers.options)
         finally:
             self._busy = False
         self.changed()
@@ -114,22 +101,13 @@ class Live:
         """Fill report and maps by the controls."""
         if self._busy:
             return
-        image_id = self.controls["image"].value
-        one = self.split.find([image_id])
-        features = self.vlm.features(one.files)
-        looks = [look(self.vlm, one, self.truth, image_id, d, self.settings, features) for d in (None, self._delta())]
-        self.report.value = _report(looks, self.controls["method"].value, self.truth[image_id])
-        with Image.open(one.files[0]) as image:
+        image_id, method, chosen, strength = (control.value for control in self.controls.values())
+        delta, layers = self.deltas[method], self.layers()
+        part = delta and scaled(delta, strength, [name for layer in chosen for name in layers[layer]])
+        looks = [look(self.vlm, self.split, self.truth, image_id, d, **self.options) for d in (None, part)]
+        self.report.value = _report(looks, method, self.truth[image_id])
+        with Image.open(self.split.find([image_id]).files[0]) as image:
             self.maps.value = _png(image.convert("RGB"), looks[1].words)
-
-    def _delta(self) -> Delta | None:
-        """The chosen layers' share of the chosen edit."""
-        delta = self.deltas[self.controls["method"].value]
-        if delta is None:
-            return None
-        layers = edited_layers(self.vlm, delta)
-        names = [name for layer in self.controls["layers"].value for name in layers[layer]]
-        return scaled(delta, self.controls["strength"].value, names)
 
 
 live = Live  # the name that notebooks use

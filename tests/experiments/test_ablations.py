@@ -12,7 +12,8 @@ from alea_lib.experiments.ablations import FACTORS, Places, ablation_levels, abl
 from alea_lib.experiments.edits import BASE, EditBench, EditCase, EditTrialSettings
 from alea_lib.metrics.frontier import frontier_gap
 from alea_lib.metrics.truth import read_truth
-from alea_lib.report import ablations as pages
+from alea_lib.report.comparison import beside_published, published_ablations
+from alea_lib.report.findings import ablation_finding
 
 PLACES = Places(4, (1, 2), {name: (i % 4,) for i, name in enumerate(ablations.LOCATORS)})
 SHORT = EditTrialSettings(layers=(1, 2), heads=((1, 0),), prefix_steps=2, attack_steps=2, max_new_tokens=6, epochs=3)
@@ -120,7 +121,7 @@ def test_a_trial_of_ablations(bench, tiny, bits, monkeypatch):
         monkeypatch.setattr(edits, name, None)
     monkeypatch.setattr(ablations, "ability", None)
     pd.testing.assert_frame_equal(ablation_trial(benches, levels), items)
-    assert "`dropout`" in pages.ablation_finding(rows)
+    assert "`dropout`" in ablation_finding(rows)
 
 
 def test_the_finding_says_what_is_shown_and_what_is_not():
@@ -132,11 +133,11 @@ def test_the_finding_says_what_is_shown_and_what_is_not():
     ]
     rows = pd.DataFrame(made, columns=["level", "condition", "against", "value", "lo", "hi"])
     rows = rows.assign(factor="prefix", metric="chair_s", n=300, seeds=5)
-    assert pages.ablation_finding(rows).splitlines() == [
-        "- Is it the prefix? (`prefix`, 5 seeds, 300 pictures) none 2.0% (1.0% to 3.0%).",
+    assert ablation_finding(rows).splitlines() == [
+        "- Is it the prefix? (`prefix`, 5 seeds, 300 images) none 2.0% (1.0% to 3.0%).",
         "  - Shown (against none): tuned under attack -40.0 points (-50.0 to -30.0).",
         "  - Not shown (against none): tuned.",
-        "  - Equal on every picture (against none): first.",
+        "  - Equal on every image (against none): first.",
     ]
 
 
@@ -160,11 +161,11 @@ def test_published_tables_come_first(tmp_path, monkeypatch):
         def uses(self, name):
             return tmp_path / name
 
-    none = pages.published_ablations(Run(), "long")
-    assert pages.beside_published(none, rows, "live")["source"].tolist() == ["live", "live"]
+    none = published_ablations(Run(), "long")
+    assert beside_published(none, rows, "live")["source"].tolist() == ["live", "live"]
     folder = tmp_path / "data" / "results" / "long"
     folder.mkdir(parents=True)
     rows[:1].assign(value=9.0).to_csv(folder / "ablations.csv", index=False)
-    found = pages.beside_published(pages.published_ablations(Run(), "long"), rows, "live").set_index("factor")
+    found = beside_published(published_ablations(Run(), "long"), rows, "live").set_index("factor")
     assert found.loc["place", ["source", "value"]].tolist() == ["long", 9.0] and found.loc["kl", "source"] == "live"
     assert found.loc["place", "against"] == ""

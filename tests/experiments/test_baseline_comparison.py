@@ -9,7 +9,8 @@ from alea_lib.evaluate.scoring import Evaluated
 from alea_lib.experiments.baseline_comparison import against, baseline_differences, best_baseline, better_than
 from alea_lib.experiments.baseline_trial import rows_of_seed
 from alea_lib.metrics.truth import Truth
-from alea_lib.report.baselines import baseline_comparison, baseline_finding, published_baselines
+from alea_lib.report.comparison import baseline_comparison, published_baselines
+from alea_lib.report.findings import baseline_finding
 
 TRUTH = Truth({i: frozenset({"dog", "cup"}) for i in range(4)}, {}, {}, "singularise")
 

@@ -1,6 +1,8 @@
 """What the book's own code and pages promise: the first page's sentences, what pages tell readers to run."""
 
+import importlib
 import inspect
+import io
 import re
 import runpy
 import sys
@@ -11,16 +13,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import toy
+import yaml
 
+from alea_lib.pipeline.api_pages import face, links, rooms
+from alea_lib.pipeline.api_pages import page as room_page
+from alea_lib.pipeline.book import toc_files
 from alea_lib.report import figures
 from alea_lib.report.comparison import attacked, core
 from alea_lib.report.figures.places import spread
-from alea_lib.report.verdicts import summary
+from alea_lib.report.findings import summary
 
 BOOK = toy.HERE / "book"
 
 
-def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15), attacks=True) -> pd.DataFrame:
+def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15)) -> pd.DataFrame:
     """Rows that the first page reads; intervals of the control are fixed."""
     lower = tuple(v - 0.45 for v in corrected)
     rows = [
@@ -32,9 +38,8 @@ def metrics(corrected=(0.02, 0.01, 0.03), hit=(0.1, 0.05, 0.15), attacks=True) -
         ("alea-corrected", "recall_diff", "clean", (0.001, -0.007, 0.009)),
         ("beam", "chair_s", "clean", (0.4, 0.3, 0.5)),
     ]
-    if attacks:
-        rows += [(m, "chair_s", "attacked", v) for m, v in (("base", (0.8, 0.7, 0.9)), ("no-prefix", (0.5, 0.4, 0.6)))]
-        rows += [("alea-corrected", "chair_s", "attacked", hit)]
+    rows += [(m, "chair_s", "attacked", v) for m, v in (("base", (0.8, 0.7, 0.9)), ("no-prefix", (0.5, 0.4, 0.6)))]
+    rows += [("alea-corrected", "chair_s", "attacked", hit)]
     keys = {"model": "m", "benchmark": "chair", "prompt": "plain", "setting": "max64,keep", "n": 1000}
     return pd.DataFrame(
         [
@@ -63,17 +68,13 @@ def test_the_sentences_do_not_say_more_than_the_intervals(corrected, said):
     assert three.endswith("the adversary is shown to help.")  # 0.4 is above all of these
 
 
-def test_without_attacks_there_is_no_third_sentence_and_no_second_panel():
-    table = metrics(attacks=False)
-    assert len(summary(table).strip().split("\n\n")) == 2
-    assert len(attacked(table)) == 0
+def test_the_figure_of_the_first_page_has_both_sides():
     line = pd.DataFrame(
         {"recall": [0.2, 0.9], "chair_s": [0.1, 0.45], "chair_s_lo": [0.1, 0.4], "chair_s_hi": [0.2, 0.5]}
     )
     points = pd.DataFrame(
         {"method": ["base"], **{f"{m}{s}": [0.5] for m in ("chair_s", "recall") for s in ("", "_lo", "_hi")}}
     )
-    assert len(figures.finding(line, points, attacked(table)).axes) == 1
     assert len(figures.finding(line, points, attacked(metrics())).axes) == 2
     plt.close("all")
 
@@ -139,7 +140,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def test_the_locator_of_the_page_works_as_written():
-    import test_known_answers as known
+    from locate import test_known_answers as known
 
     from alea_lib.locate import layers
     from alea_lib.locate.registry import LAYER_LOCATORS
@@ -197,6 +198,105 @@ def test_commands_on_pages_name_targets_and_files_that_exist():
             for script in re.findall(r"(?:python|pytest) ((?:book|tests)/[\w/.]+)", block):
                 given = f"`{script}`:\n" in page.read_text(encoding="utf-8")  # the page has one write it
                 assert given or (toy.HERE / script).exists(), f"{page.name}: {script}"
+
+
+PAGES = [*(toy.HERE / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")), *sorted(BOOK.glob("*.md"))]
+
+
+def prose(page) -> str:
+    """The text of a page; of a table of renamed things only what they are called now."""
+    text = page.read_text(encoding="utf-8")
+    return re.sub(r"^\| `[^|]*\|", "|", text, flags=re.M) if page.name == "CHANGELOG.md" else text
+
+
+def there(name: str) -> bool:
+    """Whether a dotted name of the library is a module, or something in one."""
+    module, *rest = name.split(".")
+    found = importlib.import_module(module)
+    for part in rest:
+        try:
+            found = getattr(found, part, None) or importlib.import_module(f"{found.__name__}.{part}")
+        except (ImportError, AttributeError):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_of_the_repository_exists(page):
+    text = prose(page)
+    given = set(re.findall(r"`([\w/.]+)`[^.\n]*:\n", text))  # files that the page has one write
+    paths = set(re.findall(r"(?<![\w/.])(?:alea_lib|tests)/[\w/.-]*\w", text)) - given
+    assert not {path for path in paths if not (toy.HERE / path).exists()}
+    names = set(re.findall(r"`(alea_lib(?:\.\w+)+)", text)) | set(re.findall(r"-m (alea_lib[\w.]*)", text))
+    for module, imported in re.findall(r"^from (alea_lib[\w.]*) import ([\w, ]+)$", text, re.M):
+        names |= {f"{module}.{name.strip()}" for name in imported.split(",")}
+    assert not {name for name in names if not there(name)}
+    for name, path in re.findall(r"`([\w.]+)`(?: of `\w+`)?,? in `(alea_lib/[\w/]+\.py)`", text):
+        defined = (toy.HERE / path).read_text(encoding="utf-8")
+        assert re.search(rf"\b{name.split('.')[-1]}\b", defined), f"{name} in {path}"
+
+
+# ---- pages of the library
+
+
+def test_every_room_has_a_page_and_every_name_its_place():
+    listed = toc_files(yaml.safe_load((BOOK / "_toc.yml").read_text(encoding="utf-8")))
+    assert [name for name in listed if name.startswith("generated/")] == [f"generated/api-{room}" for room in rooms()]
+    assert {p.parent.name for p in (toy.HERE / "alea_lib").glob("*/__init__.py")} == set(rooms())
+    for room in rooms():
+        init = toy.HERE / "alea_lib" / room / "__init__.py"
+        public = set(importlib.import_module(f"alea_lib.{room}").__all__)
+        assert public - {"figures"} <= set(face(init)), room
+        for name, module in face(init).items():
+            assert hasattr(importlib.import_module(f"alea_lib.{room}.{module}"), name), f"{room}.{module}.{name}"
+        assert room_page(room, init).startswith(f"# `alea_lib.{room}`")
+
+
+def documented(room: str):
+    """What the page of a room shows: name and docstring of its modules, public names and their methods."""
+    for name, module in face(toy.HERE / "alea_lib" / room / "__init__.py").items():
+        home = importlib.import_module(f"alea_lib.{room}.{module}")
+        found = getattr(home, name)
+        yield module, home.__doc__
+        if isinstance(found, type):
+            own = {k: inspect.unwrap(getattr(found, k)) for k in vars(found) if not k.startswith("_")}
+            yield from ((f"{module}.{name}.{k}", v.__doc__) for k, v in own.items() if inspect.isroutine(v))
+        if isinstance(found, type) or inspect.isroutine(found):
+            yield f"{module}.{name}", found.__doc__
+
+
+@pytest.mark.parametrize("room", rooms())
+def test_docstrings_of_public_names_are_restructured_text(room):
+    """Sphinx would say so only after the whole study."""
+    from docutils import nodes
+    from docutils.core import publish_doctree
+    from docutils.parsers.rst import roles
+
+    for role in ("attr", "class", "data", "func", "meth", "mod"):
+        roles.register_generic_role(role, nodes.literal)
+    for name, text in dict(documented(room)).items():
+        said = io.StringIO()
+        publish_doctree(inspect.cleandoc(text or ""), settings_overrides={"warning_stream": said})
+        assert not said.getvalue(), f"{room}.{name}: {said.getvalue()}"
+        for target in re.findall(r":\w+:`~?(alea_lib[\w.]+)`", text or ""):
+            assert there(target), f"{room}.{name} refers to {target}"
+
+
+def test_faces_of_both_kinds_are_read(tmp_path):
+    init = tmp_path / "__init__.py"
+    init.write_text('attach(__name__, submodules=["deep"], submod_attrs={"a": ["f", "g"]})\n')
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "__init__.py").write_text("from ..x import y\nfrom .b import h\n")
+    assert face(init) == {"f": "a", "g": "a", "h": "deep.b"}
+
+
+def test_a_page_links_the_rooms_that_its_notebook_uses():
+    code = ["from alea_lib.pipeline import begin\nfrom alea_lib.core import root", "    from alea_lib.core import root"]
+    assert links(code) == (
+        "**The library behind this page**: {doc}`core <../generated/api-core>`, "
+        "{doc}`pipeline <../generated/api-pipeline>`."
+    )
+    assert links(["import pandas"]) == ""
 
 
 # ---- formulas

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from alea_lib.pipeline.api_pages import write_api_pages
 from alea_lib.pipeline.book import toc_files
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install -e .[dev]")
@@ -88,18 +89,20 @@ def current(book: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory, published):
-    """The built book, or a small one: its prose pages, without notebooks."""
+    """The built book, or a small one: its prose pages and those of the library, without notebooks."""
     if current(BUILT):
         return BUILT
     folder = tmp_path_factory.mktemp("book")
     shutil.copytree(ROOT / "book", folder / "book", ignore=shutil.ignore_patterns("generated", "*.ipynb"))
     shutil.copyfile(ROOT / "_config.yml", folder / "_config.yml")
-    prose = [name for name in toc_files(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())) if "/" not in name]
+    listed = toc_files(yaml.safe_load((ROOT / "book" / "_toc.yml").read_text()))
+    prose = [name for name in listed if not name.startswith("notebooks/")]
     toc = {"format": "jb-book", "root": prose[0], "chapters": [{"file": name} for name in prose[1:]]}
     (folder / "book" / "_toc.yml").write_text(yaml.safe_dump(toc))
     (folder / "book" / "generated").mkdir()
     for included in set(re.findall(r"\{include\} (generated/\S+)", "".join(map(read, (folder / "book").glob("*.md"))))):
         (folder / "book" / included).write_text("Written by the study.\n")
+    write_api_pages(folder / "book" / "generated")
     program = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()", "build", "book", "-q"]
     done = subprocess.run(program, cwd=folder, capture_output=True, text=True)
     assert (folder / "_build" / "html" / "intro.html").exists(), done.stdout + done.stderr
@@ -115,7 +118,7 @@ def read(path: Path) -> str:
 def visits(browser, serve, book):
     """Page -> what a visit found: errors, broken pictures, width at 390 pixels, grave faults of accessibility."""
     address = serve(book)
-    # search.html answers a question and genindex.html is empty: the theme's own, none of ours
+    # search.html answers a question and genindex.html is a list of names: the theme's own, none of ours
     own = [p for p in sorted(book.rglob("*.html")) if p.name not in ("search.html", "genindex.html")]
     pages = [p for p in own if "_static" not in p.parts and 'http-equiv="Refresh"' not in read(p)]
     return {name: visit(browser, address, name) for name in (p.relative_to(book).as_posix() for p in pages)}

@@ -240,7 +240,7 @@ def test_a_notebook_opened_by_hand_leaves_the_finished_run(repository, capsys):
 
 
 def test_tables_beside_the_joined_metrics_are_declared(repository):
-    from alea_lib.report.baselines import baselines_of_study
+    from alea_lib.report.comparison import baselines_of_study
 
     out = repository / "data" / "runs" / "toy" / "results"
     out.mkdir(parents=True)

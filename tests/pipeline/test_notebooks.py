@@ -75,7 +75,8 @@ def test_the_packages_that_the_library_imports_are_required():
 
 def test_every_page_of_the_book_has_a_source():
     toc = yaml.safe_load((ROOT / "book" / "_toc.yml").read_text())
-    for name in toc_files(toc):
+    written = [name for name in toc_files(toc) if not name.startswith("generated/")]
+    for name in written:
         source = ROOT / f"{name}.ipynb" if name.startswith("notebooks/") else ROOT / "book" / f"{name}.md"
         assert source.exists(), f"book/_toc.yml lists {name}, and there is no {source.relative_to(ROOT)}"
 

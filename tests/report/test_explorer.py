@@ -75,7 +75,7 @@ def test_the_seed_draws_and_the_order_of_rows_does_not(told):
 
 
 def test_a_method_without_captions_is_named(told):
-    with pytest.raises(DataError, match="no captions of 'magic'"):
+    with pytest.raises(DataError, match="no captions of .'magic'."):
         choose_images(*told, companions(), ExplorerSettings(shown="magic"))
 
 

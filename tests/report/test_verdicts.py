@@ -5,21 +5,9 @@ import pytest
 
 from alea_lib.report import verdicts
 from alea_lib.report.comparison import frontier_line, frontier_points, headline, one, side_by_side
+from alea_lib.report.findings import finding, recipe_sentence, robustness_finding
 from alea_lib.report.labels import ADVERSARY
-from alea_lib.report.verdicts import (
-    CLAIMS,
-    KEPT,
-    UNTESTED,
-    Verdict,
-    adversary,
-    claims,
-    finding,
-    kept,
-    recipe_sentence,
-    robust_recipes,
-    robustness_finding,
-    verdict,
-)
+from alea_lib.report.verdicts import CLAIMS, KEPT, UNTESTED, Verdict, adversary, claims, kept, robust_recipes, verdict
 
 
 @pytest.mark.parametrize(

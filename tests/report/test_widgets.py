@@ -10,9 +10,9 @@ from PIL import Image
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.delta import applied, delta_of, edited_layers, scaled
 from alea_lib.pipeline.execute import tidy
-from alea_lib.report.widgets import LookSettings, live, look
+from alea_lib.report.widgets import live, look
 
-SHORT = LookSettings(max_new_tokens=6, block=1)
+SHORT = {"max_new_tokens": 6, "block": 1}
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def scene(tiny_world):
 def told(vlm, split, image_id, delta):
     with applied(vlm, delta):
         features = vlm.features(split.find([image_id]).files)
-        return vlm.generate(features, vlm.prompt("plain"), SHORT.max_new_tokens)[0].text
+        return vlm.generate(features, vlm.prompt("plain"), SHORT["max_new_tokens"])[0].text
 
 
 def test_a_share_of_an_edit(tiny, edit):
@@ -54,7 +54,7 @@ def test_a_look_scores_its_own_caption(tiny, scene, monkeypatch):
     text = f"There is a {there[0]}. There is a toaster. There is a toaster."
     answer = type("Answer", (), {"text": text})
     monkeypatch.setattr(tiny, "generate", lambda *args, **kwargs: [answer])
-    seen = look(tiny, split, truth, image_id, settings=SHORT)
+    seen = look(tiny, split, truth, image_id, **SHORT)
     assert seen.score == {"right": 1, "wrong": 1, "missed": len(there) - 1, "words": len(text.split())}
     assert seen.words["category"].tolist() == [there[0], "toaster", "toaster"]
 
@@ -62,7 +62,7 @@ def test_a_look_scores_its_own_caption(tiny, scene, monkeypatch):
 def test_the_board_answers_each_control(tiny, scene, edit, bits):
     split, truth = scene
     before = bits(tiny)
-    board = live(tiny, split, truth, {"edit": edit, "base": None}, SHORT)
+    board = live(tiny, split, truth, {"edit": edit, "base": None}, **SHORT)
     first, second = split.ids[:2]
 
     def says(image_id, delta):

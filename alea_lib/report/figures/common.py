@@ -7,7 +7,6 @@ in print and readable on a dark page.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -128,11 +127,6 @@ def _line(i: int) -> dict[str, Any]:
     """Marker, dash and colour of the ``i``-th line."""
     colour = sns.color_palette("colorblind")[i]
     return {"marker": MARKERS[i % len(MARKERS)], "ls": DASHES[i % len(DASHES)], "color": colour}
-
-
-def stack(parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Tables with a column ``label``, one below the other, as :func:`intervals` wants them."""
-    return pd.concat(parts, ignore_index=True)
 
 
 def widths(table: pd.DataFrame, title: str) -> Figure:

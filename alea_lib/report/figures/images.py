@@ -44,7 +44,8 @@ def mark(text: str, there: frozenset) -> str:
 def word_maps(images: Sequence[Image.Image], words: pd.DataFrame, title: str = "") -> Figure:
     """For each word a column: its map of attention and below its map of effect, drawn over the grey image.
 
-    ``images``: one a word. ``words``: label, attention, effect, as of :func:`alea_lib.patch_maps`; one scale a row.
+    ``images``: one a word. ``words``: label, attention, effect, as of
+    :func:`alea_lib.evaluate.patches.patch_maps`; one scale a row.
     """
     n = len(words)
     figure, axes = panels(2 * n, n, 2.3, 2.5)

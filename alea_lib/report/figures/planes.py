@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
@@ -31,27 +29,25 @@ def _draw_plane(axis: Axes, frontier: pd.DataFrame, points: pd.DataFrame) -> Non
     axis.plot(line["recall"], line["chair_s"], color="0.35", lw=1.5, zorder=1, label="base, cut to its first sentences")
     axis.fill_between(line["recall"], line["chair_s_lo"], line["chair_s_hi"], color="0.6", alpha=0.3, zorder=0)
     for i, p in enumerate(points.to_dict("records")):
-        errors: dict[str, Any] = {
-            "xerr": [[p["recall"] - p["recall_lo"]], [p["recall_hi"] - p["recall"]]],
-            "yerr": [[p["chair_s"] - p["chair_s_lo"]], [p["chair_s_hi"] - p["chair_s"]]],
-        }
-        style = {**appearance(p["method"], i, OTHERS), "capsize": 2, "markersize": 8, "zorder": 3}
-        axis.errorbar(p["recall"], p["chair_s"], label=p["method"], **style, **errors)
+        x, y = ([p[f"{metric}{end}"] for end in ("", "_lo", "_hi")] for metric in ("recall", "chair_s"))
+        _cross(axis, p["method"], i, x, y, markersize=8, zorder=3)
     axis.set(xlabel="recall of objects", ylabel="CHAIRs: captions with a wrong object")
     axis.set_xlim(left=max(0, points["recall"].min() - 0.25))
     axis.legend(frameon=False, loc="upper left")
+
+
+def _cross(axis: Axes, method: str, i: int, x: list[float], y: list[float], **options) -> None:
+    """A method's point with both intervals; ``x``, ``y``: value, lo, hi."""
+    errors = {f"{name}err": [[v - lo], [hi - v]] for name, (v, lo, hi) in (("x", x), ("y", y))}
+    axis.errorbar(x[0], y[0], label=method, capsize=2, **appearance(method, i, OTHERS), **errors, **options)
 
 
 def cost_plane(table: pd.DataFrame, title: str) -> Figure:
     """Gap to the frontier (value, lo, hi) against relative cost (relative, lo_cost, hi_cost), one marker a method."""
     figure, axis = plt.subplots(figsize=(7, 4))
     for i, row in enumerate(table.to_dict("records")):
-        x, y = row["relative"], row["value"]
-        errors: dict[str, Any] = {
-            "xerr": [[x - row["lo_cost"]], [row["hi_cost"] - x]],
-            "yerr": [[y - row["lo"]], [row["hi"] - y]],
-        }
-        axis.errorbar(x, y, capsize=2, label=row["method"], **appearance(row["method"], i, OTHERS), **errors)
+        x, y = ([row[k] for k in keys] for keys in (("relative", "lo_cost", "hi_cost"), ("value", "lo", "hi")))
+        _cross(axis, row["method"], i, x, y)
     axis.axhline(0, color="0.4", lw=1, ls="--")
     axis.set(title=title, xlabel="seconds a token, relative to the base model", ylabel="gap in CHAIRs")
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -67,25 +63,21 @@ def points(items: dict[str, pd.DataFrame]) -> pd.DataFrame:
         for metric in ("chair_s", "recall"):
             row |= {f"{metric}{end}": summary.loc[metric, end.strip("_") or "value"] for end in ("", "_lo", "_hi")}
         rows.append(row)
-    return pd.DataFrame(rows).drop_duplicates("method")
+    return pd.DataFrame(rows)
 
 
 def finding(frontier: pd.DataFrame, points: pd.DataFrame, attacked: pd.DataFrame) -> Figure:
     """Left: the methods in the frontier's plane, on clean prompts. Right: CHAIRs under a fresh attack on each model.
 
-    ``frontier`` and ``points`` as for :func:`frontier_plane`; ``attacked``: method, value, lo, hi, n. Without attacks
-    the right side is left out.
+    ``frontier`` and ``points`` as for :func:`frontier_plane`; ``attacked``: method, value, lo, hi, n.
     """
-    columns, width = (2, 11) if len(attacked) else (1, 6.5)
-    figure, axes = plt.subplots(1, columns, figsize=(width, 4.2), squeeze=False)
-    _draw_plane(axes[0, 0], frontier, points)
-    axes[0, 0].set_title("Clean prompts: below the line is better than truncation")
-    if len(attacked):
-        axis = axes[0, 1]
-        for y, row in enumerate(attacked.itertuples(index=False)):
-            error = [[row.value - row.lo], [row.hi - row.value]]
-            axis.errorbar(row.value, y, xerr=error, capsize=2, markersize=8, **appearance(row.method, y))
-        axis.set_yticks(range(len(attacked)), attacked["method"])
-        axis.set(ylim=(len(attacked) - 0.5, -0.5), xlim=(0, 1), xlabel="CHAIRs: captions with a wrong object")
-        axis.set_title("Under a fresh attack on each model")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    _draw_plane(left, frontier, points)
+    left.set_title("Clean prompts: below the line is better than truncation")
+    for y, row in enumerate(attacked.itertuples(index=False)):
+        error = [[row.value - row.lo], [row.hi - row.value]]
+        right.errorbar(row.value, y, xerr=error, capsize=2, markersize=8, **appearance(row.method, y))
+    right.set_yticks(range(len(attacked)), attacked["method"])
+    right.set(ylim=(len(attacked) - 0.5, -0.5), xlim=(0, 1), xlabel="CHAIRs: captions with a wrong object")
+    right.set_title("Under a fresh attack on each model")
     return figure
