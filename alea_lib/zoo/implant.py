@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from ..core.files import read_csv, write_csv
+from ..core.files import write_csv
 from ..core.paths import read_data
 from ..core.stats import summarise
+from ..core.tables import read_csv
 from ..datasets.describe import caption
 from ..datasets.scenes import ROLES, Scene, compose, sample
 from ..datasets.write import World, make_scenes

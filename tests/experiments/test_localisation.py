@@ -21,7 +21,8 @@ from alea_lib.experiments.localisation import (
     tau_with,
     write_localisation,
 )
-from alea_lib.report.localisation import league, localisation_finding
+from alea_lib.report.comparison import league
+from alea_lib.report.findings import localisation_finding
 
 
 def layers(scores, name="a"):
