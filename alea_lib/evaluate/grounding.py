@@ -20,9 +20,9 @@ from ..core.stats import ratio_items
 from ..datasets.write import Split
 from ..metrics.parse import Mention, mentions
 from ..metrics.truth import Truth
-from ..models.batch import Batch, object_tokens, target_mask
+from ..models.batch import Batch, target_mask
 from ..models.hooks import read_attention, read_heads, read_layers, replaced_heads, started_at
-from ..models.vlm import VLM
+from ..models.vlm import VLM, object_tokens
 
 ATTENTION = ("attn_last_max", "attn_last_mean", "attn_all_mean")
 EFFECTS = ("blank_effect", "swap_effect")

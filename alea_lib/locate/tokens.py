@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 
 from ..core.files import DataError
-from ..models.batch import Batch, object_tokens
-from ..models.vlm import VLM
+from ..models.batch import Batch
+from ..models.vlm import VLM, object_tokens
 from .settings import LocateSettings
 
 

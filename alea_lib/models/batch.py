@@ -1,17 +1,11 @@
-"""Tokens of image, prompt and answer, side by side; how many items go together; which tokens are objects."""
+"""Tokens of image, prompt and answer, side by side; how many items go together."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-
-from ..metrics.parse import mentions
-
-if TYPE_CHECKING:
-    from .vlm import VLM
 
 
 @dataclass(frozen=True)
@@ -78,21 +72,3 @@ def target_mask(labels: torch.Tensor) -> torch.Tensor:
     out = torch.zeros_like(labels, dtype=torch.bool)
     out[:, :-1] = labels[:, 1:] != -100
     return out
-
-
-class ObjectToken(NamedTuple):
-    """An object that an answer names and the index of its word's first token among the answer's tokens."""
-
-    category: str
-    token: int
-
-
-def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[ObjectToken]:
-    """The objects of an answer in reading order, with the first token of each one's word ("hot dog": of its first).
-
-    Tokens are those of ``VLM.encode``, found by the offsets of the (fast) tokenizer.
-    """
-    text, before = vlm.answer_text(answer)
-    spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    first = [(m.category, next(i for i, (_, end) in enumerate(spans) if end > m.start)) for m in mentions(text, family)]
-    return [ObjectToken(category, at - before) for category, at in first]

@@ -5,12 +5,13 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..metrics.parse import mentions
 from .batch import Batch, Limits
 from .families import Family
 from .feature_cache import cached_features
@@ -235,3 +236,21 @@ class VLM:
         eos = self.end_id in ids
         ids = ids[: ids.index(self.end_id)] if eos else ids
         return Answer(self.tokenizer.decode(ids, skip_special_tokens=True).strip(), len(ids) + eos, eos)
+
+
+class ObjectToken(NamedTuple):
+    """An object that an answer names and the index of its word's first token among the answer's tokens."""
+
+    category: str
+    token: int
+
+
+def object_tokens(vlm: VLM, answer: str, family: str = "singularise") -> list[ObjectToken]:
+    """The objects of an answer in reading order, with the first token of each one's word ("hot dog": of its first).
+
+    Tokens are those of ``VLM.encode``, found by the offsets of the (fast) tokenizer.
+    """
+    text, before = vlm.answer_text(answer)
+    spans = vlm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    first = [(m.category, next(i for i, (_, end) in enumerate(spans) if end > m.start)) for m in mentions(text, family)]
+    return [ObjectToken(category, at - before) for category, at in first]

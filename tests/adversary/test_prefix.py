@@ -23,7 +23,6 @@ from alea_lib.adversary.prefix import (  # fmt: skip
 )
 from alea_lib.metrics.truth import read_truth
 from alea_lib.models.batch import target_mask
-from alea_lib.models.hooks import read_attention
 
 QUESTIONS = [
     "Please describe this image in detail.", "Is there a cup in the image?", "Is the background blue?",

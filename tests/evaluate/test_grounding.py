@@ -17,9 +17,9 @@ from alea_lib.evaluate.grounding import (
 )
 from alea_lib.evaluate.kept_ability import ability, first_references
 from alea_lib.metrics.truth import read_truth
-from alea_lib.models.batch import object_tokens
 from alea_lib.models.delta import delta_of
 from alea_lib.models.hooks import read_heads, replaced_heads, replaced_linear
+from alea_lib.models.vlm import object_tokens
 
 
 @pytest.fixture(scope="module")

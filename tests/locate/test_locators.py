@@ -14,9 +14,8 @@ from alea_lib.locate.evidence import Evidence, Work, layer_locator
 from alea_lib.locate.run import locate_heads, locate_layers
 from alea_lib.locate.settings import OFFICIAL, LocateSettings
 from alea_lib.locate.tokens import contrast_weights, encode, pooling_weights, suspects
-from alea_lib.models.batch import object_tokens
 from alea_lib.models.families import FAMILIES
-from alea_lib.models.vlm import VLM
+from alea_lib.models.vlm import VLM, object_tokens
 
 PAIRS = pd.DataFrame(
     {

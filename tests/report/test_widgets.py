@@ -99,7 +99,10 @@ def test_a_finished_notebook_holds_no_empty_box(tmp_path):
         "data": {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"},
     }
     plain = {"output_type": "stream", "name": "stdout", "text": "0.5: a caption"}
-    cells = [{"cell_type": "code", "metadata": {}, "outputs": [widget, plain]}, {"cell_type": "markdown", "metadata": {}, "source": "x"}]
+    cells = [
+        {"cell_type": "code", "metadata": {}, "outputs": [widget, plain]},
+        {"cell_type": "markdown", "metadata": {}, "source": "x"},
+    ]
     path = tmp_path / "page.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {"widgets": {"state": 1}, "kernelspec": {}}}))
     tidy(path)
