@@ -9,7 +9,7 @@ name. The engine is left out: it keeps the books and computes no result.
 import ast
 import json
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,9 +127,14 @@ def _strings(value) -> Iterable[str]:
 
 def _library() -> dict[str, Module]:
     """The modules of the package as it stands now, by dotted name ('' is the package itself)."""
+    return _parsed(PACKAGE, tuple((path, path.stat().st_mtime_ns) for path in PACKAGE.rglob("*.py")))
+
+
+@lru_cache(maxsize=1)
+def _parsed(package: Path, files: tuple[tuple[Path, int], ...]) -> dict[str, Module]:
     found = {}
-    for path in PACKAGE.rglob("*.py"):
-        file = path.relative_to(PACKAGE.parent).as_posix()
+    for path, _ in files:
+        file = path.relative_to(package.parent).as_posix()
         dotted = file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         found[dotted.partition(".")[2]] = parse_module(file, path.read_text(encoding="utf-8"))
     return found
