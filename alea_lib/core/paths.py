@@ -1,4 +1,4 @@
-"""Where things are, whatever the working directory; errors that a user can mend; YAML. Knows nothing of profiles."""
+"""Where things are, whatever the working directory; errors that a user can repair; YAML. Knows nothing of profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 
 class RunError(RuntimeError):
-    """Something a user can mend: the message says what and how."""
+    """Something a user can repair: the message says what and how."""
 
 
 class MissingStage(RunError):

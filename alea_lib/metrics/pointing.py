@@ -1,7 +1,7 @@
 """The pointing game (Zhang et al. 2018): does the strongest place of a word's map lie on the object?
 
 For a word whose object is there, on that object. For the planted companion of an object that is there, on the object
-that calls for it: whether a wrong word, too, hangs on something in the picture.
+that calls for it: whether a wrong word, too, depends on something in the image.
 """
 
 from __future__ import annotations
