@@ -37,9 +37,9 @@ def read_layers(vlm: VLM, take: Take, layers: Layers = None) -> Block:
     return _hooked(vlm, "layer", take, layers)
 
 
-def read_heads(vlm: VLM, take: Take) -> Block:
+def read_heads(vlm: VLM, take: Take, layers: Layers = None) -> Block:
     """Call ``take(layer, o)`` with the head outputs o [B,T,H,D/H] of each layer, before ``o_proj`` mixes them."""
-    return _hooked(vlm, "o_proj", take, None, heads=True)
+    return _hooked(vlm, "o_proj", take, layers, heads=True)
 
 
 def replaced_outputs(vlm: VLM, part: str, change: Change, layers: Iterable[int]) -> Block:

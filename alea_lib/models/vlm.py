@@ -122,8 +122,10 @@ class VLM:
             labels[i, at + len(prompt) : at + len(row)] = torch.tensor(row[len(prompt) :], dtype=ids.dtype)
             answer[i] = at + len(prompt)
             question[i] = answer[i] - prompt[::-1].index(self.image_id)
-        tensors = (t.to(self.device) for t in (ids, mask, labels, features, question, answer))
-        return Batch(*tensors, questions=tuple(questions))
+        ids, mask, labels, features, question, answer = (
+            t.to(self.device) for t in (ids, mask, labels, features, question, answer)
+        )
+        return Batch(ids, mask, labels, features, question, answer, tuple(questions))
 
     def prompt_ids(self, question: str, n_image: int) -> list[int]:
         """Tokens of the whole prompt at once; an image that opens it stands even before the beginning of the text."""
