@@ -11,24 +11,31 @@ CHOICES = {"pooling": ("mean", "object", "padded"), "grounded": ("positive", "ne
 class LocateSettings:
     """Options that all locators share. ValueError for a value that does not exist.
 
-    What the model sees
-      ``prompt``      prompt role before the answers; None = no question and no chat format.
-      ``image``       False = no image positions at all (locators that need the image then refuse).
-    Which tokens are compared
-      ``pooling``     ``mean``: over the answer's own tokens. ``object``: over the first tokens of its objects, those of
-                      ``wrong`` in the negative and the rest in the positive (an answer without any: all its tokens).
-                      ``padded``: official code, position by position over the whole padded batch, prompt and padding
-                      counted.
-      ``final_norm``  True = the last layer is taken after the final norm, as an entry of ``hidden_states`` is.
-    Causal locators: contrast of the hallucinated and the grounded objects' probabilities
-      ``grounded``    the answer whose truthful objects are compared with the negative's wrong ones: ``positive``, or
-                      ``negative`` itself (AD-HH: one sequence a pair instead of two).
-      ``sites``       positions that are ablated, attributed or restored: ``all``, or from the one that predicts the
-                      ``answer``'s first token on.
-    The rest
-      ``batch_size``  pairs in a batch; memory grows with it, never with the number of pairs.
-      ``max_rows``    largest number of sequences in one forward pass of a batched ablation.
-      ``seed``        of the random controls.
+    What the model sees:
+
+    * ``prompt``: prompt role before the answers; None = no question and no chat format.
+    * ``image``: False = no image positions at all (locators that need the image then refuse).
+
+    Which tokens are compared:
+
+    * ``pooling``: ``mean``: over the answer's own tokens. ``object``: over the first tokens of its objects, those of
+      ``wrong`` in the negative and the rest in the positive (an answer without any: all its tokens).
+      ``padded``: official code, position by position over the whole padded batch, prompt and padding
+      counted.
+    * ``final_norm``: True = the last layer is taken after the final norm, as an entry of ``hidden_states`` is.
+
+    Causal locators: contrast of the hallucinated and the grounded objects' probabilities:
+
+    * ``grounded``: the answer whose truthful objects are compared with the negative's wrong ones: ``positive``, or
+      ``negative`` itself (AD-HH: one sequence a pair instead of two).
+    * ``sites``: positions that are ablated, attributed or restored: ``all``, or from the one that predicts the
+      ``answer``'s first token on.
+
+    The rest:
+
+    * ``batch_size``: pairs in a batch; memory grows with it, never with the number of pairs.
+    * ``max_rows``: largest number of sequences in one forward pass of a batched ablation.
+    * ``seed``: of the random controls.
     """
 
     prompt: str | None = "plain"
