@@ -1,6 +1,7 @@
 """The baselines: other ways to fewer hallucinations.
 
-A baseline is one file of this folder; a notebook may register its own without one. It brings *settings* (a frozen
+A baseline is one file of this folder and a line of ``MODULES``; a notebook may register its own without them. It brings
+*settings* (a frozen
 dataclass, the published constants as defaults), a *grid* of them among which
 :mod:`alea_lib.experiments.baseline_trial` chooses, and ``apply``, by its ``kind``:
 
@@ -25,7 +26,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import pkgutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -41,6 +41,15 @@ from ..models.delta import Delta
 from ..models.vlm import VLM
 
 KINDS = ("decoding", "delta", "prompt", "after")
+# name of a baseline -> the file of this folder that registers it: a stage depends on the files that its parameters name
+MODULES: dict[str, str] = {
+    "truncation": "plain", "stop-early": "plain", "careful-prompt": "plain", "beam": "plain",
+    "nucleus": "nucleus", "vcd": "vcd", "m3id": "m3id", "dola": "dola", "pai": "pai", "opera": "opera",
+    "adhh": "adhh", "spin": "spin", "vhr": "vhr", "nullu": "nullu", "dpo": "dpo", "sft": "edits", "lora-all": "edits",
+    "no-prefix": "edits", "random-prefix": "edits", "random-layers": "edits", "last-layer": "edits",
+    "all-layers": "edits", "heads": "edits", "lora": "edits", "alea-official": "edits", "alea-corrected": "edits",
+    "alea-mixed": "edits",
+}  # fmt: skip
 ROWS: dict[str, Baseline] = {}
 
 
@@ -126,7 +135,7 @@ def register(row: Baseline) -> Baseline:
     """Add a baseline. ValueError for a name that is taken, an unknown kind, or a grid with unknown settings."""
     if row.kind not in KINDS:
         raise ValueError(f"{row.name} is of kind {row.kind!r}, it must be one of {KINDS}")
-    if row.name in ROWS:
+    if row.name in ROWS or (row.name in MODULES and row.apply.__module__ != f"{__package__}.{MODULES[row.name]}"):
         raise ValueError(f"there is a baseline {row.name!r} already")
     for changes in row.grid:
         row.changed(**changes)
@@ -137,15 +146,17 @@ def register(row: Baseline) -> Baseline:
 
 def baseline(name: str, **changes) -> Baseline:
     """The baseline of this name, with changes of its settings. KeyError names the known ones."""
-    if name not in baseline_names():
-        raise KeyError(f"unknown baseline {name!r}; there are {sorted(ROWS)}")
+    if name in MODULES:
+        importlib.import_module(f"{__package__}.{MODULES[name]}")
+    if name not in ROWS:
+        raise KeyError(f"unknown baseline {name!r}; there are {sorted(baseline_names())}")
     return ROWS[name].changed(**changes)
 
 
 def baseline_names() -> set[str]:
     """The names of all baselines, of this folder's files and of others that were registered."""
-    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        importlib.import_module(f"{__package__}.{module.name}")
+    for module in sorted(set(MODULES.values())):
+        importlib.import_module(f"{__package__}.{module}")
     return set(ROWS)
 
 

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "coco": ["fetch_coco"],
         "describe": ["references"],
         "scenes": ["companions", "compose", "glyph_path", "objects", "recipe", "sample"],
-        "write": ["World", "make_scenes", "prepare_world"],
+        "world": ["World"],
+        "write": ["make_scenes", "prepare_world"],
     },
 )

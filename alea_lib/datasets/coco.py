@@ -28,7 +28,7 @@ from ..core.files import DataError, read_json, replacing, sha256, write_json
 from ..core.paths import read_yaml, root
 from ..metrics.pope import SETTINGS, read_pope
 from .fetch import FetchError, Item, fault, fetch, require_space
-from .write import World
+from .world import World
 
 PARTS = {  # what can be chosen, and what it is for; annotations and questions always come along
     "annotations": "instances and captions of val2014: the truth that CHAIR reads, and which images there are",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import torch
 
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..models.vlm import VLM
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from ..core.stats import ratio_items
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..metrics.parse import Mention, mentions
 from ..metrics.truth import Truth
 from ..models.batch import Batch, target_mask

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core.stats import ratio_items
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..models.batch import target_mask
 from ..models.delta import Delta, applied, verify
 from ..models.vlm import VLM

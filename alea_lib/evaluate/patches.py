@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 
 from ..core.files import DataError
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..metrics.truth import Truth
 from ..models.batch import Batch
 from ..models.hooks import read_attention

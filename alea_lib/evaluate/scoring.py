@@ -11,7 +11,7 @@ import pandas as pd
 from ..core.files import read_jsonl, read_parquet, write_csv, write_jsonl, write_parquet
 from ..core.stats import paired_difference_seeds, ratio_items, summarise_seeds
 from ..core.tables import DIFFERENCE, metric_rows
-from ..datasets.write import Split, World
+from ..datasets.world import Split, World
 from ..metrics.amber import Amber, amber, amber_responses, read_amber
 from ..metrics.chair import chair, distinct
 from ..metrics.frontier import POINT_METRICS, drop_last_sentence, frontier, frontier_gap

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..baselines.registry import Baseline
 from ..core.files import DataError, read_jsonl, write_jsonl
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..evaluate.answers import captions
 from ..evaluate.scoring import Benchmarks, Evaluated, evaluate, read_evaluated, truncated, write_evaluated
 from ..metrics.chair import chair

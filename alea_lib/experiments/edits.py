@@ -14,7 +14,7 @@ from ..adversary.prefix import Prefix, adversary_preset, fit_prefix
 from ..core.files import read_parquet, write_parquet
 from ..core.stats import paired_difference_seeds, summarise_seeds
 from ..core.tables import DIFFERENCE, metric_rows
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..edit.methods import EditRequest, fit_method, kept_prefix
 from ..evaluate.answers import captions
 from ..metrics.chair import chair

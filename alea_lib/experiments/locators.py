@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..core.stats import paired_difference
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..edit.fit import fit_edit
 from ..edit.settings import preset
 from ..evaluate.answers import captions

@@ -17,8 +17,8 @@ import pandas as pd
 from ..core.files import DataError, PathLike, numbered_lines, read_text
 from ..core.stats import ratio_items, sum_by_image
 from .answers import image_numbers, judged, match, read_table, unparsed
+from .questions import TASKS
 
-TASKS = ("existence", "count", "position", "color")
 POINTS = 100  # of one task's accuracy, and of its accuracy+
 
 

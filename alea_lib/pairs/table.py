@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import DataError, numbered_lines, read_text
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..metrics.lexicon import load_lexicon
 from ..metrics.parse import mentions
 

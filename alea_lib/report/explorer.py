@@ -18,7 +18,7 @@ import pandas as pd
 from PIL import Image
 
 from ..core.files import DataError, replacing
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..metrics.chair import check_captions
 from ..metrics.parse import mentions
 from ..metrics.truth import Truth

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ..datasets.write import Split
+from ..datasets.world import Split
 from ..evaluate.patches import patch_maps
 from ..metrics.chair import chair
 from ..metrics.truth import Truth

@@ -24,7 +24,8 @@ from ..core.stats import summarise
 from ..core.tables import read_csv
 from ..datasets.describe import caption
 from ..datasets.scenes import ROLES, Scene, compose, sample
-from ..datasets.write import World, make_scenes
+from ..datasets.world import World
+from ..datasets.write import make_scenes
 from ..evaluate.answers import captions
 from ..metrics.chair import chair
 from ..metrics.parse import mentions

@@ -1,9 +1,11 @@
 """The registry of the baselines, and those that need no second pass over the image."""
 
+import importlib
 import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -84,7 +86,7 @@ def test_a_registered_baseline_is_found_with_its_changes(monkeypatch):
 
 
 def test_a_file_makes_a_baseline(tmp_path, monkeypatch):
-    """Where the folder's files are looked for, and in an interpreter of its own: all are found by their names."""
+    """A file and its line in MODULES; only the file that is asked for is imported."""
     source = """
 from dataclasses import dataclass
 from alea_lib.baselines.registry import Baseline, register
@@ -99,7 +101,7 @@ register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSetti
     monkeypatch.setattr(registry, "ROWS", dict(registry.ROWS))
     with pytest.raises(KeyError, match="unknown baseline 'of-a-file'"):
         baseline("of-a-file")
-    monkeypatch.setattr(registry, "__file__", str(tmp_path / "registry.py"))
+    monkeypatch.setitem(registry.MODULES, "of-a-file", "of_a_file")
     monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
     try:
         assert baseline("of-a-file", word="bus").prompt == "bus"
@@ -107,6 +109,15 @@ register(Baseline("of-a-file", "prompt", lambda settings: settings.word, NoSetti
     finally:
         sys.modules.pop("alea_lib.baselines.of_a_file", None)
         vars(baselines).pop("of_a_file", None)
+
+
+def test_the_table_of_modules_is_what_the_files_register():
+    """Else a stage would not depend on the file of a baseline that it names."""
+    folder = Path(registry.__file__).parent
+    for path in folder.glob("*.py"):
+        importlib.import_module(f"alea_lib.baselines.{path.stem}")
+    own = {name: row.apply.__module__ for name, row in registry.ROWS.items()}
+    assert own == {name: f"alea_lib.baselines.{module}" for name, module in registry.MODULES.items()}
 
 
 def test_all_files_of_the_folder_are_found():

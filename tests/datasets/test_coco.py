@@ -23,7 +23,7 @@ from alea_lib.datasets import coco
 from alea_lib.datasets.__main__ import main
 from alea_lib.datasets.coco import PARTS, check_coco, fetch_coco, load_catalogue, make_splits
 from alea_lib.datasets.fetch import FetchError, Item, fetch
-from alea_lib.datasets.write import World
+from alea_lib.datasets.world import World
 from alea_lib.metrics.chair import chair
 from alea_lib.metrics.pope import pope, read_pope
 from alea_lib.metrics.timing import TimingSizes, synthesise

@@ -27,7 +27,8 @@ from alea_lib.datasets.scenes import (  # fmt: skip
     recipe,
     sample,
 )
-from alea_lib.datasets.write import World, make_scenes
+from alea_lib.datasets.world import World
+from alea_lib.datasets.write import make_scenes
 from alea_lib.metrics.lexicon import load_lexicon
 from alea_lib.metrics.parse import mentions
 from alea_lib.metrics.pope import read_pope

@@ -130,7 +130,7 @@ def test_the_same_trial_over_a_four_bit_base():
     pytest.importorskip("bitsandbytes")
     from alea_lib.core.paths import root
     from alea_lib.datasets.scenes import compose, sample
-    from alea_lib.datasets.write import Split
+    from alea_lib.datasets.world import Split
     from alea_lib.metrics.truth import Truth
     from alea_lib.models.loading import load
 

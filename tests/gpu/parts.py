@@ -50,7 +50,7 @@ def tests(out: Path, device: str) -> None:
 
     os.environ["ALEA_TEST_DEVICE"] = device
     options = ["-m", "cuda", "-q", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={root()}"]
-    code = pytest.main([str(root() / "tests" / "test_cuda.py"), *options], plugins=[Listener()])
+    code = pytest.main([str(root() / "tests" / "models" / "test_cuda.py"), *options], plugins=[Listener()])
     if code or not rows:
         raise RunError(f"pytest ended with {int(code)} after {len(rows)} tests; see tests.csv")
 

@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from alea_lib.core.files import DataError
-from alea_lib.datasets.write import World, prepare_world
+from alea_lib.datasets.world import World
+from alea_lib.datasets.write import prepare_world
 from alea_lib.evaluate.scoring import Benchmarks, evaluate, read_benchmarks, truncated
 from alea_lib.metrics.truth import read_truth
 from alea_lib.pairs.detect import HubDetector, load_detector

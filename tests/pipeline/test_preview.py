@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import toy
@@ -351,7 +352,8 @@ def test_a_run_records_a_model_in_another_folder(repository, tmp_path_factory):
 
 
 def test_a_hub_name_is_recorded_by_the_commit_in_the_cache(repository, monkeypatch):
-    monkeypatch.setattr(hub, "_cached_commit", lambda name: "d" * 40 if name == "some/one" else "")
+    config = Path("cache", "d" * 40, "config.json")
+    monkeypatch.setattr(hub, "cached", lambda name, file: config if name == "some/one" else None)
     run = begin("01_make", "toy", SIZE=None, WORLD=None)
     run.uses("data/models/some/one/model.safetensors")
     assert run.inputs["hub some/one"]["revision"] == "d" * 40
