@@ -54,13 +54,14 @@ def _read_task(folder: Path, task: str, names: dict[str, str]) -> list[tuple]:
 
 
 def read_mme_answers(path: PathLike, questions: pd.DataFrame) -> pd.DataFrame:
-    """Answers (question_id, answer) from records, or from a folder of ``<task>.txt`` as MME's tool reads them: lines
-    ``image<TAB>question<TAB>truth<TAB>answer``, matched by task, image and question."""
+    """Answers (question_id, answer) from records, or from a folder of ``<task>.txt`` as MME's tool reads them (or one
+    such file): lines ``image<TAB>question<TAB>truth<TAB>answer``, matched by task, image and question."""
     path = Path(path)
-    if not path.is_dir():
+    if not path.is_dir() and path.suffix != ".txt":
         return read_table(path, "question_id", "answer")
     key, rows = ["setting", "image", "text"], []
-    for file in (path / f"{task}.txt" for task in TASKS if (path / f"{task}.txt").is_file()):
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    for file in (file for file in files if file.stem in TASKS):
         for number, line in numbered_lines(read_text(file)):
             fields = [field.strip() for field in line.split("\t", 3)]
             if len(fields) != 4:

@@ -138,6 +138,9 @@ def test_answers_are_matched_by_key_and_never_by_order(folder, tmp_path):
     assert values(mme(read_mme_answers(tmp_path / "tool", questions), questions)) == want
     (tmp_path / "answers.json").write_text(json.dumps(plain.to_dict("records")))
     assert values(mme(read_mme_answers(tmp_path / "answers.json", questions), questions)) == want
+    color = questions[questions["setting"] == "color"]
+    alone = read_mme_answers(tmp_path / "tool" / "color.txt", color)  # one task's file
+    assert alone.sort_values("question_id")["answer"].tolist() == plain.loc[color.index, "answer"].tolist()
 
 
 def test_bad_answers_are_refused_by_name(folder):
