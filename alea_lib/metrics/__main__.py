@@ -94,7 +94,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     two.add_argument("--answers", required=True, help=f"{RECORDS} with question_id and answer")
     two.add_argument("--questions", required=True, help="POPE file (JSON lines or list)")
     three = commands.add_parser("mme", help="MME's hallucination subset: existence, count, position, color")
-    form = f"folder of <task>.txt, or one such file, as MME's tool has them, or {RECORDS} with answer and question_id (count/0042/1)"
+    form = f"folder of <task>.txt as MME's tool has them, one such file, or {RECORDS} with answer and question_id"
     three.add_argument("--answers", required=True, help=form)
     three.add_argument("--questions", required=True, help="folder with one folder a task, as MME has it")
     four = commands.add_parser("amber", help="AMBER: descriptions, yes/no questions, or both")
