@@ -26,6 +26,13 @@ from .preview import require
 from .profiles import Job, before
 from .sources import Sources, source_hashes
 
+# What Snakemake says beside errors (--quiet all would hide those too), or after one that a stage explained.
+CHATTER = (
+    "Assuming unrestricted", "Building DAG", "Using shell", "Provided cores", "Rules claiming", "Select jobs",
+    "Execute ", "Nothing to be done", "Complete log", "Elapsed time", "RuleException:", "Shutting down",
+    "CalledProcessError in", "Command 'set -euo", "Exiting because", "WorkflowError:", "At least one job",
+)  # fmt: skip
+
 
 def _own(profile: str, job: Job) -> Path:
     return paths.run_dir(profile, job.stage, job.variant) / "run.json"
@@ -182,13 +189,24 @@ def study(profile: str, jobs: int, target: str = "all", only: tuple[str, ...] = 
         refresh(profile)
         status = 0 if only or target == "collect" or draw(profile, jobs) else 1
         if not status:
-            status = subprocess.run(command, cwd=root, env=_environment(), pass_fds=[lock]).returncode
+            status = _snakemake(command, root, lock)
     if status:
         again = "correct what is named above and call it again, finished stages are kept"
         print(f"study {profile}: stopped; {again}", file=sys.stderr)
     else:
         print(f"study {profile}: done in {time.time() - started:.0f} s", flush=True)
     return status
+
+
+def _snakemake(command: list[str], root: Path, lock: int) -> int:
+    """Run Snakemake and pass on what it and the stages say, without its chatter; its exit status."""
+    with subprocess.Popen(
+        command, cwd=root, env=_environment(), pass_fds=[lock], stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr or ():
+            if not line.startswith(CHATTER):
+                print(line, end="", file=sys.stderr, flush=True)
+    return process.returncode
 
 
 @contextmanager

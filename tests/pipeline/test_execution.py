@@ -716,6 +716,7 @@ def test_a_study_runs_resumes_and_reruns_only_what_changed(tmp_path):
     edit.write_text(good)
     second = call(folder, "study")
     assert second.returncode == 0, second.stderr
+    assert "Select jobs" not in first.stderr + second.stderr  # Snakemake's chatter
     assert "01_make" not in started(second.stdout) and "02_edit-weak" in started(second.stdout)
     assert (folder / "_build" / "html" / "index.html").exists()
     page = (folder / "_build" / "html" / "notebooks" / "03_measure.html").read_text()
