@@ -1,4 +1,4 @@
-"""Other methods against hallucination, one file each, behind one interface (:mod:`alea_lib.baselines.registry`)."""
+"""Other methods against hallucination, one file each, behind one interface (``registry.py``)."""
 
 import lazy_loader
 
