@@ -127,7 +127,8 @@ def dress(page: dict, folder: Path, record: dict, target: Path, profile: str) ->
         ]
 
     for cell in page["cells"]:
-        if cell["cell_type"] == "code" and "import (" in cell["source"]:
+        imports = [line for line in cell["source"].splitlines() if line.startswith(("from ", "import "))]
+        if cell["cell_type"] == "code" and len(imports) > 4:
             cell["metadata"]["tags"] = [*cell["metadata"].get("tags", []), "hide-input"]  # a long list of names
     page["cells"] = [*page["cells"][:1], *cells(head, "head"), *page["cells"][1:], *cells(foot, "foot")]
     target.parent.mkdir(parents=True, exist_ok=True)
